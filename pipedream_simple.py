@@ -813,8 +813,8 @@ Network: {num_stages} x {config["layers_per_stage"]} layers, {num_weights:,} wei
    - All {gpus} would work in parallel
 
 💡 In this simulation:
-   - All stages are on {on} (for learning): forwards, backwards and updates are real
-   - Timeline shows what WOULD happen on {gpus}: time is simulated"""
+   - All stages are on {on} (for learning); the arithmetic is real
+   - Timeline shows what WOULD happen on {gpus}; time is simulated"""
 
 
 def format_versions(versions: list[int], short: bool = False) -> str:
@@ -860,13 +860,15 @@ def format_batch(
             break
     if hidden:
         lines.insert(1 + len(head), f"...  ({hidden} more microbatches)")
-    lines.insert(0, f"BATCH {batch + 1}/{config['num_batches']}  (weight versions: stage 0 first)")
+    note = "stage 0 first; v0x3: v0 on three stages" if short else "stage 0 first"
+    lines.insert(0, f"BATCH {batch + 1}/{config['num_batches']}  (weight versions, {note})")
     lines.append(f"Average loss across {num_microbatches} microbatches: {run.losses[batch]:.4f}")
-    for op, _, _, end in events:
-        if op.kind == "U" and op.version == batch:
-            lines.append(
-                f"Stage {op.stage}: Updated weights v{batch} → v{batch + 1}  (at t{end:.10g})"
-            )
+    updates = [event for event in events if event.op.kind == "U" and event.op.version == batch]
+    head, hidden, tail = shorten(updates, 8)
+    for op, _, _, end in [*head, *tail]:
+        lines.append(f"Stage {op.stage}: Updated weights v{batch} → v{batch + 1}  (at t{end:.10g})")
+    if hidden:
+        lines.insert(len(lines) - len(tail), f"...  ({hidden} more stages)")
     lines.append("")
     if min(run.newest) == max(run.newest):
         lines.append(f"✅ Batch complete! All stages now at version {batch + 1}")
@@ -889,6 +891,7 @@ def format_measures(
     events: list[Event],
     run: Run,
     gradient_error: dict[tuple[int, int], float],
+    width: int = 100,
 ) -> str:
     """What the simulated GPUs did with their time and memory, and what the training reached."""
     one_by_one = makespan(simulate(build_schedule({**config, "schedule": "naive"}), config))
@@ -908,15 +911,17 @@ def format_measures(
                 f"{measure(e for (s, _), e in gradient_error.items() if s == stage):.1%}"
                 for stage in range(config["num_stages"])
             ]
-    width = 1 + max(len(str(cell)) for row in per_gpu.values() for cell in row)
+    cell_width = 1 + max(len(str(cell)) for row in per_gpu.values() for cell in row)
+    first, hidden, last = shorten(devices, max(2, (width - 28 - 4) // cell_width))
+    for name, row in per_gpu.items():
+        cells = [str(row[device]).rjust(cell_width) for device in (*first, *last)]
+        cells.insert(len(first), " ..." * bool(hidden))
+        per_gpu[name] = f"{name:<28}" + "".join(cells)
     lines = [
         f"Makespan: {time:.10g} time units (naive, one microbatch at a time: {one_by_one:.10g})",
         f"GPU utilization: {utilization(events):.1%}, bubble (idle): {1 - utilization(events):.1%}",
         f"Speed-up over naive: {one_by_one / time:.2f}x",
-        *(
-            f"{name:<28}" + "".join(str(c).rjust(width) for c in row)
-            for name, row in per_gpu.items()
-        ),
+        *per_gpu.values(),
         f"Test accuracy: {run.test_accuracy:.1%} of the digits that it was not trained on",
     ]
     if gradient_error:
@@ -927,9 +932,9 @@ def format_measures(
 
 
 GRADIENT_ERROR = """\
-   Gradient error is |gradient - true| / |true|, where true is backpropagation on
-   the weights that the forward read. An update came in between, and the backward
-   read other weights: its result is the gradient of no function. Weight stashing
+   Gradient error: |gradient - true| / |true|, true being backpropagation on the
+   weights that the forward read. An update came in between, the backward read
+   other weights, and its result is the gradient of no function. Weight stashing
    keeps the old version until that backward, and the error is 0."""
 
 
@@ -965,8 +970,8 @@ def format_comparison(config: dict) -> str:
 
 
 COMPARISON_LEGEND = """\
-   * this run. busy: utilization. in flight, versions: peak on the fullest GPU.
-   staleness: updates missed. mixed: backwards on other weights than their forward."""
+   * this run. busy: utilization. in flight, versions: peak of the fullest GPU.
+   staleness: updates missed. mixed: backwards on other weights than forward."""
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -981,9 +986,9 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_whole(value, least: int) -> bool:
-    """An int from least up to what torch takes as a seed."""
-    return is_number(value) and isinstance(value, int) and least <= value < 2**63
+def is_whole(value, least: int, most: int) -> bool:
+    """An int from least to most."""
+    return is_number(value) and isinstance(value, int) and least <= value <= most
 
 
 def is_time(value, zero_allowed: bool = False) -> bool:
@@ -992,8 +997,8 @@ def is_time(value, zero_allowed: bool = False) -> bool:
     return all(is_number(t) and (t > 0 or (zero_allowed and t == 0)) for t in times)
 
 
-COUNT = (lambda value: is_whole(value, least=1), "must be a whole number, 1 or more")
-TIME = (is_time, "must be a number greater than 0, or a list of such, one a stage")
+COUNT = (lambda value: is_whole(value, 1, 10**9), "must be a whole number, 1 to 1,000,000,000")
+TIME = (is_time, "must be a finite number greater than 0, or a list of such, one a stage")
 SWITCH = (lambda value: isinstance(value, bool), "must be True or False")
 RULES = {  # key -> (does a value keep the rule?, the rule)
     "num_stages": COUNT,
@@ -1004,9 +1009,9 @@ RULES = {  # key -> (does a value keep the rule?, the rule)
     "num_batches": COUNT,
     "learning_rate": (
         lambda value: is_number(value) and value > 0,
-        "must be a number greater than 0",
+        "must be a finite number greater than 0",
     ),
-    "seed": (lambda value: is_whole(value, least=0), "must be a whole number, 0 or more"),
+    "seed": (lambda value: is_whole(value, 0, 2**63 - 1), "must be a whole number, 0 to 2**63 - 1"),
     "device": (lambda value: isinstance(value, str), "must be auto, cpu, cuda or cuda:N"),
     "schedule": (lambda value: isinstance(value, str), "must be the name of a schedule"),
     "weight_stashing": SWITCH,
@@ -1015,7 +1020,7 @@ RULES = {  # key -> (does a value keep the rule?, the rule)
     "backward_time": TIME,
     "comm_time": (
         lambda value: is_time(value, zero_allowed=True),
-        "must be a number, 0 or more, or a list of such, one a stage",
+        "must be a finite number, 0 or more, or a list of such, one a stage",
     ),
     "verbose": SWITCH,
 }
@@ -1073,15 +1078,13 @@ def check_device(name: str) -> None:
         raise UserError(f"device={name!r} must be auto, cpu, cuda or cuda:N")
     num_gpus = torch.cuda.device_count()
     if int(name.partition(":")[2] or 0) >= num_gpus:
-        raise UserError(
-            f"device={name!r}: torch finds {num_gpus} CUDA GPUs on this machine, try cpu"
-        )
+        raise UserError(f"device={name!r}: torch finds {num_gpus} CUDA GPUs here, try cpu")
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """ ": did you mean ...?", or all the words where none is near."""
+    """A question that names the word most like this one; nothing where none is like it."""
     close = difflib.get_close_matches(str(word), words, n=1)
-    return f": did you mean {close[0]}?" if close else f": there are {', '.join(words)}"
+    return f": did you mean {close[0]}?" if close else ""
 
 
 # --------------------------------------------------------------------------------------- main
@@ -1135,7 +1138,8 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        raise UserError(f"unknown flag {flag!r}{nearest(flag, [f'--{key}' for key in RULES])}")
+        hint = nearest(flag, [f"--{key}" for key in RULES]) or ", --help lists them"
+        raise UserError(f"unknown flag {flag!r}{hint}")
     config = {**CONFIG, **vars(given)}
     check_config(config)
     return config
@@ -1170,7 +1174,7 @@ def main() -> None:
         print(f"\nTraining results ({num_batches} batches):")
         print("\n".join(f"- {format_loss(batch, run)}" for batch in sorted(shown)))
     print("\n📊 WHAT THE SIMULATION MEASURED")
-    print(format_measures(config, schedule, events, run, gradient_error))
+    print(format_measures(config, schedule, events, run, gradient_error, width))
     print("\n📊 ALL SCHEDULES AT THIS CONFIG")
     print(format_comparison(config))
     print("\n💡 WHAT TO TRY NEXT: python pipedream_simple.py with\n" + NEXT_STEPS)
