@@ -495,18 +495,18 @@ Weights = dict[str, Tensor]  # one version of a stage: parameter name -> leaf te
 class Worker:
     """What one GPU does. It knows no schedule: it runs whatever op it is given.
 
-    versions       the weight versions that this stage still needs, by number
-    in_flight      of each microbatch between its forward and its backward: the input, the output,
-                   and the weights that made one of the other. That is the stash. It copies nothing:
-                   an update makes new tensors, and the old ones live while somebody holds them.
-    batch_weights  the version that the current batch reads; its .grad adds up the batch's gradient
+    versions    the weight versions that this stage still needs, by number
+    in_flight   of each microbatch between its forward and its backward: the input, the output, and
+                the weights that made one of the other. That is the stash. It copies nothing: an
+                update makes new tensors, and the old ones live while somebody holds them.
+    gradient    of the weights, summed over the microbatches of the batch so far
     """
 
     def __init__(self, stage: nn.Module, weights: Weights, config: dict):
         self.stage = stage
         self.versions = {0: weights}
         self.in_flight: dict[int, tuple[Tensor, Tensor, Weights]] = {}
-        self.batch_weights = weights
+        self.gradient: Weights = {}
         self.learning_rate = config["learning_rate"]
         self.num_microbatches = config["num_microbatches"]
         self.stashing = config["weight_stashing"]
@@ -526,28 +526,31 @@ class Worker:
         return output.detach()
 
     def backward(self, op: Op, output_gradient: Tensor | None) -> Tensor | None:
-        """Add this microbatch's gradient to the weights' .grad; return the gradient of its input.
+        """Add this microbatch's gradient to self.gradient, and return the gradient of its input.
 
         Autograd walks back through the graph that the forward left, and reads the weights in it as
         they are by now. With stashing they are what the forward saw: nobody writes on a version.
         """
         x, output, weights = self.in_flight.pop(op.microbatch)
         assert weights is self.versions[op.version], f"{op} does not read version {op.version}"
+        for name, w in weights.items():
+            w.grad = self.gradient.get(name)  # autograd adds to what is there
         if output_gradient is not None:
             # The chain rule. output.backward(output_gradient) is the same to the bit, but makes
             # torch import sympy first, which takes longer than the whole default run.
             output = (output * output_gradient).sum()
         output.backward()
-        self.batch_weights = weights
+        for name, w in weights.items():
+            self.gradient[name], w.grad = w.grad, None
         return x.grad
 
     @torch.no_grad()
     def update(self, op: Op) -> None:
         """W1 = W0 - learning_rate * (all gradients of the batch): version v becomes v + 1."""
-        rate, weights = self.learning_rate, self.versions[op.version]
+        weights, rate = self.versions[op.version], self.learning_rate
         new = {} if self.stashing else weights
         for name, w in weights.items():
-            gradient = self.batch_weights[name].grad
+            gradient = self.gradient.pop(name)
             if self.stashing:
                 # Into memory of its own: that of the gradient, which nobody needs any more.
                 new[name] = torch.sub(w, gradient, alpha=rate, out=gradient).requires_grad_()
@@ -555,8 +558,7 @@ class Worker:
                 # In place, under the graphs of microbatches in flight. PyTorch refuses this bug
                 # ("modified by an inplace operation"): .data is the way around its guard.
                 w.data.sub_(gradient, alpha=rate)
-            self.batch_weights[name].grad = None  # the next batch may read the same version
-        self.versions[op.version + 1] = self.batch_weights = new
+        self.versions[op.version + 1] = new
 
 
 @dataclass
@@ -697,7 +699,7 @@ class GradientAudit:
             copy = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
             self.read[op.stage, op.microbatch] = copy
         elif op.kind == "B":
-            summed = flat_gradient(worker.batch_weights)
+            summed = flat(worker.gradient)
             self.used[op.stage, op.microbatch] = summed - self.summed.get(op.stage, 0)
             self.summed[op.stage] = summed
             if op.stage == 0:  # the microbatch has come back
@@ -712,14 +714,14 @@ class GradientAudit:
         loss = cross_entropy(run_network(self.stages, read, x), labels) / self.num_microbatches
         loss.backward()
         for stage, weights in enumerate(read):
-            true = flat_gradient(weights)
+            true = flat({name: w.grad for name, w in weights.items()})
             difference = self.used.pop((stage, microbatch)) - true
             self.error[stage, microbatch] = (difference.norm() / true.norm()).item()
 
 
-def flat_gradient(weights: Weights) -> Tensor:
-    """The gradient of all these weights as one vector."""
-    return torch.cat([w.grad.flatten() for w in weights.values()])
+def flat(tensors: Weights) -> Tensor:
+    """All of them as one vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
 
 
 # ------------------------------------------------------------------------------------- report

@@ -1,0 +1,284 @@
+"""The rows of every schedule and the simulator, against PyTorch, closed forms and plain laws."""
+
+import gc
+import itertools
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleGPipe
+
+from pipedream_simple import (
+    CONFIG,
+    SCHEDULES,
+    Op,
+    build_schedule,
+    makespan,
+    memory_held,
+    mismatches,
+    peak_in_flight,
+    peak_versions,
+    simulate,
+    staleness,
+    utilization,
+)
+
+FLUSH = ["naive", "gpipe", "1f1b"]
+SIZES = [(s, m, n) for s in (1, 2, 3, 4, 8) for m in (1, 2, 3, 4, 9) for n in (1, 2, 5)]
+
+
+def make(schedule, num_stages, num_microbatches, num_batches, **other):
+    """A config of that size, its schedule and its events."""
+    config = {
+        **CONFIG,
+        "schedule": schedule,
+        "num_stages": num_stages,
+        "num_microbatches": num_microbatches,
+        "num_batches": num_batches,
+        **other,
+    }
+    rows = build_schedule(config)
+    return config, rows, simulate(rows, config)
+
+
+# ------------------------------------------------------------------------- against PyTorch
+
+
+class RecordingStage:
+    """Stands in for a PipelineStage: nothing to send or receive, notes what it is told to run."""
+
+    def __init__(self, stage_index):
+        self.stage_index = stage_index
+        self.ran = []
+
+    def forward_one_chunk(self, microbatch, *args, **kwargs):
+        self.ran.append(("F", microbatch))
+
+    def backward_one_chunk(self, microbatch, **kwargs):
+        self.ran.append(("B", microbatch))
+
+    def nothing(self, *args, **kwargs):
+        return []
+
+    get_fwd_recv_ops = get_fwd_send_ops = get_bwd_recv_ops = get_bwd_send_ops = nothing
+    perform_reduce_grad = nothing
+
+
+def what_pytorch_executes(schedule_class, stage, num_stages, num_microbatches):
+    """The order of forwards and backwards in which PyTorch's engine drives a stage.
+
+    The code that executes (_step_microbatches), not the list that PyTorch prints: in torch 2.13 the
+    printed 1F1B is off by one on the last rank.
+    """
+    engine = object.__new__(schedule_class)
+    engine._n_microbatches, engine._num_stages = num_microbatches, num_stages
+    engine._stage, engine.scale_grads = RecordingStage(stage), False
+    empty = [()] * num_microbatches
+    engine._check_inputs = lambda *args: (empty, [{}] * num_microbatches)
+    for name in ("_initialize_stage", "_maybe_compute_loss", "_maybe_get_loss", "_update_losses"):
+        setattr(engine, name, lambda *args, **kwargs: None)
+    engine._step_microbatches()
+    return engine._stage.ran
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("gpipe", ScheduleGPipe), ("1f1b", Schedule1F1B)])
+def test_rows_are_in_the_order_that_pytorch_executes(name, theirs):
+    for num_stages, num_microbatches, _ in SIZES:
+        _, rows, _ = make(name, num_stages, num_microbatches, 1)
+        for stage, row in enumerate(rows):
+            ours = [(op.kind, op.microbatch) for op in row if op.kind != "U"]
+            assert ours == what_pytorch_executes(theirs, stage, num_stages, num_microbatches)
+
+
+# -------------------------------------------------------------------- against closed forms
+
+
+@pytest.mark.parametrize(("s", "m", "n"), SIZES)
+@pytest.mark.parametrize(("f", "b"), [(1, 1), (1, 2), (3, 0.5)])
+def test_makespan_and_utilization_match_closed_forms(s, m, n, f, b):
+    turns = {
+        "naive": n * m * s,
+        "gpipe": n * (m + s - 1),
+        "1f1b": n * (m + s - 1),
+        "pipedream": m * n + s - 1,
+    }
+    for name, expected in turns.items():
+        _, _, events = make(name, s, m, n, forward_time=f, backward_time=b)
+        assert makespan(events) == pytest.approx(expected * (f + b))
+        assert utilization(events) == pytest.approx(m * n / expected)
+
+
+def test_the_often_quoted_25_75_90_percent_are_nine_microbatches_in_three_batches():
+    percent = [100 * utilization(make(name, 4, 9, 3)[2]) for name in ("naive", "1f1b", "pipedream")]
+    assert percent == pytest.approx([25, 75, 90])
+
+
+@pytest.mark.parametrize(("s", "m", "n"), SIZES)
+def test_peak_microbatches_in_flight_match_closed_forms(s, m, n):
+    for name, expected in {
+        "naive": [1] * s,
+        "gpipe": [m] * s,
+        "1f1b": [min(s - stage, m) for stage in range(s)],
+        "pipedream": [min(s - stage, m * n) for stage in range(s)],
+    }.items():
+        assert peak_in_flight(make(name, s, m, n)[1]) == expected, name
+
+
+@pytest.mark.parametrize("s", [1, 2, 4, 8])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 9])
+def test_versions_and_staleness_match_closed_forms(s, m):
+    n = 2 * s + 1  # long enough for the pipeline to reach its steady state
+    delays = [math.ceil((s - 1 - stage) / m) for stage in range(s)]
+    _, stashed, _ = make("pipedream", s, m, n)
+    assert peak_versions(stashed) == [delay + 1 for delay in delays]
+    assert staleness(stashed, m) == delays
+    _, synced, _ = make("pipedream", s, m, n, vertical_sync=True)
+    assert peak_versions(synced) == [delays[0] + 1] * s
+    assert staleness(synced, m) == [delays[0]] * s
+    for rows, delay_of in ((stashed, lambda stage: delays[stage]), (synced, lambda _: delays[0])):
+        for op in (op for row in rows for op in row if op.kind != "U"):
+            assert op.version == max(0, op.microbatch // m - delay_of(op.stage))
+
+
+def test_versions_alive_are_4_3_2_1_in_the_pipeline_of_the_paper():
+    assert peak_versions(make("pipedream", 4, 1, 8)[1]) == [4, 3, 2, 1]
+    assert peak_versions(make("pipedream", 4, 4, 5)[1]) == [2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("name", FLUSH)
+def test_a_flush_needs_one_version_whatever_the_switches_say(name):
+    for switches in ({}, {"vertical_sync": True}, {"weight_stashing": False}):
+        _, rows, _ = make(name, 4, 3, 3, **switches)
+        assert rows == make(name, 4, 3, 3)[1]
+        assert peak_versions(rows) == [1] * 4
+        assert staleness(rows, 3) == [0] * 4
+
+
+def test_without_stashing_backwards_meet_other_weights_and_with_it_never():
+    assert mismatches(make("pipedream", 4, 4, 5, weight_stashing=False)[1]) > 0
+    assert mismatches(make("pipedream", 4, 1, 5, weight_stashing=False)[1]) > 0
+    assert mismatches(make("pipedream", 1, 4, 5, weight_stashing=False)[1]) == 0
+
+
+# ---------------------------------------------------------------- laws, over random configs
+
+times = st.sampled_from([1, 2, 0.5, 3.25])
+
+
+@st.composite
+def configs(draw):
+    num_stages = draw(st.integers(1, 7))
+    stashing = draw(st.booleans())
+    per_stage = st.one_of(times, st.lists(times, min_size=num_stages, max_size=num_stages))
+    return {
+        **CONFIG,
+        "schedule": draw(st.sampled_from(list(SCHEDULES))),
+        "num_stages": num_stages,
+        "num_microbatches": draw(st.integers(1, 7)),
+        "num_batches": draw(st.integers(1, 5)),
+        "weight_stashing": stashing,
+        "vertical_sync": stashing and draw(st.booleans()),
+        "forward_time": draw(per_stage),
+        "backward_time": draw(per_stage),
+        "comm_time": draw(st.one_of(st.just(0), times)),
+    }
+
+
+@given(configs())
+@settings(max_examples=300, deadline=None)
+def test_every_op_once_and_every_version_read_exists(config):
+    s, m, n = config["num_stages"], config["num_microbatches"], config["num_batches"]
+    rows = build_schedule(config)
+    done = Counter((op.stage, op.kind, op.microbatch) for row in rows for op in row)
+    expected = {(stage, kind, i) for stage in range(s) for kind in "FB" for i in range(m * n)}
+    expected |= {(stage, "U", b * m + m - 1) for stage in range(s) for b in range(n)}
+    assert done == Counter(expected)
+
+    for stage, row in enumerate(rows):
+        newest = 0
+        owed = dict.fromkeys(range(n), m)  # backwards that a batch still waits for
+        forward_read = {}
+        for op in row:
+            assert op.stage == stage
+            assert 0 <= op.version <= newest
+            if op.kind == "F":
+                forward_read[op.microbatch] = op.version
+            elif op.kind == "B":
+                owed[op.microbatch // m] -= 1
+                if config["weight_stashing"]:
+                    assert op.version == forward_read[op.microbatch]
+                else:
+                    assert op.version == newest
+            else:
+                assert op.version == newest == op.microbatch // m
+                assert owed[newest] == 0, "an update before its batch was done"
+                newest += 1
+        assert memory_held(row)[-1] == (0, 1), "something is left in the stash"
+
+
+@given(configs())
+@settings(max_examples=300, deadline=None)
+def test_simulated_times_are_those_of_a_plain_relaxation(config):
+    """Longest paths by relaxing every constraint until nothing moves; no queue, no order."""
+    rows, last = build_schedule(config), config["num_stages"] - 1
+
+    def of_stage(key, stage):
+        return config[key][stage] if isinstance(config[key], list) else config[key]
+
+    ends, moved = {}, True
+    while moved:
+        moved = False
+        for row in rows:
+            free = 0
+            for op in row:
+                stage, kind, microbatch, _ = op
+                ready = [free]
+                if kind == "F" and stage > 0:
+                    before = (stage - 1, "F", microbatch)
+                    ready.append(ends.get(before, 0) + config["comm_time"])
+                if kind == "B":
+                    ready.append(ends.get((stage, "F", microbatch), 0))
+                if kind == "B" and stage < last:
+                    before = (stage + 1, "B", microbatch)
+                    ready.append(ends.get(before, 0) + config["comm_time"])
+                cost = {"F": "forward_time", "B": "backward_time"}.get(kind)
+                end = max(ready) + (of_stage(cost, stage) if cost else 0)
+                moved |= ends.get(op[:3]) != end
+                ends[op[:3]] = free = end
+
+    events = simulate(rows, config)
+    assert {event.op[:3]: event.end for event in events} == pytest.approx(ends)
+    assert [event.start for event in events] == sorted(event.start for event in events)
+    position = {event.op[:3]: i for i, event in enumerate(events)}
+    for stage, kind, microbatch in position:  # an op is listed after what it needs
+        if kind == "F" and stage > 0:
+            assert position[stage - 1, "F", microbatch] < position[stage, kind, microbatch]
+        if kind == "B":
+            assert position[stage, "F", microbatch] < position[stage, kind, microbatch]
+    for device, row in enumerate(rows):  # one op at a time, in the order of the row
+        mine = [event for event in events if event.device == device]
+        assert [event.op for event in mine] == row
+        assert all(a.end <= b.start for a, b in itertools.pairwise(mine))
+
+
+def test_a_comm_time_a_stage_counts_only_between_devices():
+    _, _, events = make("gpipe", 3, 1, 1, comm_time=[5, 7, 11])
+    ends = {str(event.op): event.end for event in events}
+    compute = {name: end for name, end in ends.items() if "U" not in name}
+    assert compute == {"0F0": 1, "1F0": 7, "2F0": 15, "2B0": 16, "1B0": 28, "0B0": 36}
+
+
+def test_rows_that_wait_in_a_circle_are_named():
+    rows = [[Op(0, "B", 0, 0), Op(0, "F", 0, 0)], [Op(1, "F", 0, 0), Op(1, "B", 0, 0)]]
+    with pytest.raises(ValueError, match="deadlock: GPU0 waits for 1B0, GPU1 waits for 0F0"):
+        simulate(rows, {**CONFIG, "num_stages": 2})
+
+
+def test_a_long_schedule_leaves_the_garbage_collector_as_it_was():
+    for was_on in (True, False):
+        (gc.enable if was_on else gc.disable)()
+        make("1f1b", 2, 2, 1)
+        assert gc.isenabled() == was_on
+    gc.enable()

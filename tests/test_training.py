@@ -1,0 +1,343 @@
+"""The trainer against plain SGD and the papers' recurrences, written here without any schedule."""
+
+import math
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from pipedream_simple import (
+    CONFIG,
+    GradientAudit,
+    build_schedule,
+    build_stages,
+    load_digits,
+    make_batches,
+    mismatches,
+    peak_versions,
+    split_batches,
+    train,
+)
+
+EXACT = {"rtol": 0, "atol": 1e-12}
+
+
+def small(**settings):
+    return {**CONFIG, "hidden_size": 12, "batch_size": 12, "device": "cpu", **settings}
+
+
+def delayed_sgd(config, delay_of_stage):
+    """W_s(b + 1) = W_s(b) - lr * grad_s of batch b, at version max(0, b - delay_s) of every stage.
+
+    One ordinary network, whole batches, float64: no microbatches, no pipeline, no stash. Returns
+    the losses and the final weights of each stage.
+    """
+    stages = [stage.double() for stage in build_stages(config)]
+    history = [[dict(stage.named_parameters()) for stage in stages]]  # history[v][stage]
+    losses = []
+    for b, (x, y) in enumerate(make_batches(config)):
+        read = []
+        for stage in range(len(stages)):
+            version = history[max(0, b - delay_of_stage(stage))][stage]
+            read.append({n: w.detach().clone().requires_grad_() for n, w in version.items()})
+        h = x.double()
+        for stage, weights in zip(stages, read, strict=True):
+            h = functional_call(stage, weights, (h,))
+        loss = cross_entropy(h, y)
+        loss.backward()
+        losses.append(loss.item())
+        rate = config["learning_rate"]
+        history.append(
+            [
+                {name: w.detach() - rate * weights[name].grad for name, w in newest.items()}
+                for newest, weights in zip(history[-1], read, strict=True)
+            ]
+        )
+    return losses, history[-1]
+
+
+def assert_same_run(run, reference):
+    losses, weights = reference
+    torch.testing.assert_close(torch.tensor(run.losses), torch.tensor(losses), **EXACT)
+    for ours, theirs in zip(run.weights, weights, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name].detach(), theirs[name].detach(), **EXACT)
+
+
+SHAPES = [
+    (1, 1, 3),
+    (1, 3, 3),
+    (2, 1, 4),
+    (2, 4, 3),
+    (3, 2, 5),
+    (4, 1, 9),
+    (4, 3, 6),
+    (4, 4, 6),
+    (6, 2, 8),
+]
+
+
+@pytest.mark.parametrize(("s", "m", "n"), SHAPES)
+@pytest.mark.parametrize("schedule", ["naive", "gpipe", "1f1b"])
+def test_every_flush_schedule_equals_plain_sgd(schedule, s, m, n):
+    config = small(schedule=schedule, num_stages=s, num_microbatches=m, num_batches=n)
+    assert_same_run(train(config, torch.float64), delayed_sgd(config, lambda stage: 0))
+
+
+@pytest.mark.parametrize(("s", "m", "n"), SHAPES)
+def test_pipedream_equals_the_recurrence_of_weight_stashing(s, m, n):
+    """SOSP 2019, section 3.3, with a batch of M microbatches: stage s is ceil((S-1-s)/M) behind."""
+    config = small(num_stages=s, num_microbatches=m, num_batches=n)
+    reference = delayed_sgd(config, lambda stage: math.ceil((s - 1 - stage) / m))
+    assert_same_run(train(config, torch.float64), reference)
+
+
+@pytest.mark.parametrize(("s", "m", "n"), SHAPES)
+def test_vertical_sync_equals_its_recurrence_and_2bw_where_m_covers_the_depth(s, m, n):
+    """M >= S - 1 > 0 is 2BW: W(t+1) = W(t) - lr * grad f(W(t-1)), ICML 2021, section 3.1."""
+    config = small(num_stages=s, num_microbatches=m, num_batches=n, vertical_sync=True)
+    delay = 1 if m >= s - 1 > 0 else math.ceil((s - 1) / m)
+    assert_same_run(train(config, torch.float64), delayed_sgd(config, lambda stage: delay))
+
+
+def test_without_stashing_the_result_is_none_of_these():
+    config = small(num_microbatches=1, num_batches=9, weight_stashing=False)
+    wrong = train(config, torch.float64)
+    stashed = train({**config, "weight_stashing": True}, torch.float64)
+    assert abs(wrong.losses[-1] - stashed.losses[-1]) > 1e-6
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_gradients_are_true_with_stashing_and_wrong_just_where_versions_differ_without(m):
+    config = small(num_microbatches=m, num_batches=6)
+    for switches in ({}, {"vertical_sync": True}, {"schedule": "1f1b", "weight_stashing": False}):
+        audit = GradientAudit({**config, **switches}, torch.float64)
+        train({**config, **switches}, torch.float64, watch=audit)
+        assert len(audit.error) == 4 * 6 * m
+        assert max(audit.error.values()) < 1e-12
+    config["weight_stashing"] = False
+    audit = GradientAudit(config, torch.float64)
+    run = train(config, torch.float64, watch=audit)
+    for (stage, microbatch), error in audit.error.items():
+        # wrong if an update came between forward and backward here or at a stage behind
+        changed = any(
+            run.versions_read[s, "F", microbatch] != run.versions_read[s, "B", microbatch]
+            for s in range(stage, 4)
+        )
+        assert error > 1e-6 if changed else error < 1e-12
+    assert mismatches(build_schedule(config)) > 0
+    assert max(audit.error.values()) > 0.01
+
+
+def test_the_gradient_without_stashing_is_what_autograd_finds_on_changed_weights():
+    """By hand, for two linear layers: input gradient by the new weights, on old activations."""
+    torch.manual_seed(0)
+    x, old, new, g = (torch.randn(3, 3, dtype=torch.float64) for _ in range(4))
+    w = old.clone().requires_grad_()
+    leaf = x.clone().requires_grad_()
+    output = nn.functional.linear(leaf, w)
+    w.data.copy_(new)
+    output.backward(g)
+    torch.testing.assert_close(leaf.grad, g @ new)
+    torch.testing.assert_close(w.grad, g.T @ x)
+    w = old.clone().requires_grad_()
+    output = nn.functional.linear(leaf, w)
+    with torch.no_grad():
+        w.sub_(new)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward(g)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_microbatches": 1},
+        {"num_microbatches": 4},
+        {"num_microbatches": 1, "vertical_sync": True},
+        {"num_microbatches": 2, "vertical_sync": True},
+        {"num_microbatches": 1, "weight_stashing": False},
+        {"schedule": "gpipe"},
+    ],
+)
+def test_versions_alive_are_counted_in_live_tensors_and_equal_the_formula(settings):
+    config = small(num_batches=9, **settings)
+    delays = [math.ceil((3 - stage) / config["num_microbatches"]) for stage in range(4)]
+    if config["schedule"] == "gpipe" or not config["weight_stashing"]:
+        delays = [0] * 4
+    elif config["vertical_sync"]:
+        delays = delays[:1] * 4
+
+    tensors = [{} for _ in range(4)]  # per stage: id -> weak reference to one tensor of a version
+    peak = [0] * 4
+
+    def watch(op, worker):
+        for weights in worker.versions.values():
+            tensor = next(iter(weights.values()))
+            tensors[op.stage].setdefault(id(tensor), weakref.ref(tensor))
+        tensors[op.stage] = {i: r for i, r in tensors[op.stage].items() if r() is not None}
+        alive = len(tensors[op.stage])
+        assert alive == len(worker.versions), "somebody else holds on to a version"
+        peak[op.stage] = max(peak[op.stage], alive)
+
+    run = train(config, watch=watch)
+    assert peak == run.peak_versions == [delay + 1 for delay in delays]
+    assert peak == peak_versions(build_schedule(config))
+
+
+def test_stashing_copies_nothing_and_writes_on_no_version():
+    config = small(num_microbatches=1, num_batches=8)
+    seen = {}  # (stage, version) -> (address, values) of its first weight
+
+    def watch(op, worker):
+        for _, _, weights in worker.in_flight.values():
+            assert any(weights is version for version in worker.versions.values())
+        for number, weights in worker.versions.items():
+            w = next(iter(weights.values()))
+            address, values = seen.setdefault(
+                (op.stage, number), (w.data_ptr(), w.detach().clone())
+            )
+            assert w.data_ptr() == address
+            assert torch.equal(w, values)
+
+    train(config, watch=watch)
+    assert len(seen) == 4 * 9
+
+
+def test_forward_and_backward_read_what_the_schedule_says():
+    for switches in ({}, {"vertical_sync": True}, {"weight_stashing": False}):
+        config = small(num_stages=3, num_microbatches=2, num_batches=5, **switches)
+        rows = build_schedule(config)
+        planned = {op[:3]: op.version for row in rows for op in row if op.kind != "U"}
+        run = train(config)
+        assert run.versions_read == planned
+        assert run.newest == [5] * 3
+        if switches.get("weight_stashing", True):
+            for (stage, kind, microbatch), version in planned.items():
+                assert version == planned[stage, "F", microbatch]
+                if kind == "B":
+                    assert version <= run.newest_at_backward[stage, microbatch]
+
+
+def test_a_batch_is_reported_when_every_stage_has_updated_and_in_order():
+    reported = []
+
+    def on_batch(batch, run):
+        assert min(run.newest) == batch + 1
+        assert run.losses[batch] > 0
+        reported.append(batch)
+
+    train(small(num_microbatches=1, num_batches=6), on_batch=on_batch)
+    assert reported == list(range(6))
+
+
+# ------------------------------------------------------------------------- model and data
+
+
+@pytest.mark.parametrize(("s", "layers"), [(1, 1), (1, 2), (2, 1), (2, 3), (12, 1), (1, 12)])
+def test_stages_are_one_network_cut_and_the_cut_does_not_change_its_bits(s, layers):
+    config = small(num_stages=s, layers_per_stage=layers)
+    whole = build_stages({**config, "num_stages": 1, "layers_per_stage": s * layers})
+    cut = build_stages(config)
+    assert len(cut) == s
+    assert all(len(stage) == layers for stage in cut)
+    ours = [w for stage in cut for w in stage.parameters()]
+    theirs = list(whole[0].parameters())
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    x = torch.randn(5, 64)
+    assert torch.equal(nn.Sequential(*cut)(x), whole[0](x))
+    assert nn.Sequential(*cut)(x).shape == (5, 10)
+
+
+def test_building_a_network_leaves_the_callers_random_numbers_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    build_stages(small())
+    make_batches(small())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_same_seed_same_bits_and_another_seed_others():
+    first, second = train(small()), train(small())
+    other = train(small(seed=1))
+    assert first.losses == second.losses != other.losses
+    for a, b in zip(first.weights, second.weights, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_no_digit_is_lost_twice_in_an_epoch_or_shared_with_the_test_part():
+    (train_x, train_y), (test_x, test_y) = load_digits(torch.Generator().manual_seed(0))
+    assert (len(train_y), len(test_y)) == (1438, 359)
+    assert train_x.shape == (1438, 64)
+    assert train_x.dtype == torch.float32
+    assert train_y.dtype == torch.int64
+    assert train_x.mean(0).abs().max() < 1e-5  # standardized on the training part
+    config = small(batch_size=719, num_batches=4)
+    batches = make_batches(config)
+    assert [x.shape for x, _ in batches] == [(719, 64)] * 4
+    for epoch in (batches[:2], batches[2:]):
+        seen = torch.cat([torch.cat([x, y[:, None]], 1) for x, y in epoch])
+        everything = torch.cat([train_x, train_y[:, None]], 1)
+        order = sorted(map(tuple, seen.tolist())), sorted(map(tuple, everything.tolist()))
+        assert order[0] == order[1]
+    assert not torch.equal(batches[0][0], batches[2][0])  # another order each epoch
+    # not one test image among those to train on (the data set holds no image twice)
+    assert not set(map(tuple, test_x.tolist())) & set(map(tuple, train_x.tolist()))
+
+
+def test_microbatches_put_together_are_the_batches():
+    config = small(num_microbatches=3, num_batches=4)
+    microbatches = split_batches(config, torch.float32)
+    assert len(microbatches) == 12
+    for b, (x, y) in enumerate(make_batches(config)):
+        parts = microbatches[3 * b : 3 * b + 3]
+        assert torch.equal(torch.cat([part for part, _ in parts]), x)
+        assert torch.equal(torch.cat([part for _, part in parts]), y)
+
+
+# ------------------------------------------------------------------------------- learning
+
+LEARNERS = [
+    ("gpipe", 4, False),
+    ("1f1b", 4, False),
+    ("pipedream", 4, False),
+    ("pipedream", 1, False),
+    ("pipedream", 4, True),
+]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_default_run_learns_at_once(seed):
+    losses = train({**CONFIG, "seed": seed}).losses
+    assert losses[4] <= 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+@pytest.mark.parametrize(("schedule", "num_microbatches", "vertical_sync"), LEARNERS)
+def test_two_hundred_batches_reach_93_percent(
+    num_stages, schedule, num_microbatches, vertical_sync
+):
+    accuracies = [
+        train(
+            {
+                **CONFIG,
+                "schedule": schedule,
+                "num_stages": num_stages,
+                "num_microbatches": num_microbatches,
+                "vertical_sync": vertical_sync,
+                "num_batches": 200,
+                "seed": seed,
+            }
+        ).test_accuracy
+        for seed in (0, 1)
+    ]
+    assert min(accuracies) >= 0.93
+
+
+def test_four_hundred_batches_reach_95_percent():
+    run = train({**CONFIG, "num_batches": 400})
+    assert run.test_accuracy >= 0.95
