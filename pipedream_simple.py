@@ -456,6 +456,8 @@ def load_digits(generator: torch.Generator) -> tuple[tuple[Tensor, Tensor], tupl
     try:
         with np.load(path) as file:
             images, labels = file["images"], file["labels"]
+        if images.shape != (len(labels), 8, 8) or len(labels) < 10 or labels.max() > 9:
+            raise ValueError("expected images of shape (n, 8, 8) and n labels, 0 to 9")
         x = torch.from_numpy(images.reshape(len(labels), 64) / 16.0).float()
         y = torch.from_numpy(labels.astype(np.int64))
     except FileNotFoundError:
@@ -538,7 +540,7 @@ class Worker:
         if output_gradient is not None:
             # The chain rule. output.backward(output_gradient) is the same to the bit, but makes
             # torch import sympy first, which takes longer than the whole default run.
-            output = (output * output_gradient).sum()
+            output = torch.dot(output.flatten(), output_gradient.flatten())
         output.backward()
         for name, w in weights.items():
             self.gradient[name], w.grad = w.grad, None
@@ -775,7 +777,7 @@ def format_timeline(events: list[Event], width: int = 100, max_rows: int = 60) -
     if len(widths) <= num_devices:
         lines[0] += f" (+{num_devices + 1 - len(widths)} GPUs)"
     if forward == "F{0}":
-        lines.insert(0, "(F3: MB3 forward, B3: MB3 backward, .: idle; a column a GPU)")
+        lines.insert(0, "(F3: MB3 forward, B3: backward, .: idle)")
     return "\n".join(lines)
 
 

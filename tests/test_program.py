@@ -1,0 +1,432 @@
+"""The program as its reader meets it: what it prints, what it refuses, and how it ends."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pipedream_simple
+from pipedream_simple import (
+    CONFIG,
+    RULES,
+    UserError,
+    build_schedule,
+    check_config,
+    format_comparison,
+    format_timeline,
+    main,
+    make_parser,
+    makespan,
+    parse_config,
+    run_main,
+    simulate,
+    train,
+)
+
+ROOT = Path(pipedream_simple.__file__).parent
+SCRIPT = ROOT / "pipedream_simple.py"
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Run the program in this process: program("--flag value") -> (status, stdout, stderr)."""
+
+    def run(flags="", width=100):
+        monkeypatch.setattr(sys, "argv", ["pipedream_simple.py", *flags.split()])
+        monkeypatch.setenv("COLUMNS", str(width))
+        status = run_main(main)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def start(*arguments, script=SCRIPT, **settings):
+    """Run the script as a process of its own, as bytes."""
+    settings["env"] = {**os.environ, "PYTHONIOENCODING": "utf-8", **settings.get("env", {})}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, capture_output=True, timeout=120, **settings)
+
+
+# ---------------------------------------------------------------------------- what it prints
+
+
+def test_the_default_run_prints_the_lines_of_the_guide_with_true_numbers(program):
+    status, out, err = program()
+    assert (status, err) == (0, "")
+    device = "1 GPU" if torch.cuda.is_available() else "CPU"
+    for line in (
+        "🚀 PipeDream Pipeline Created!",
+        f"⚠️  SIMULATION MODE: Running on {device} (simulating 4 GPUs)",
+        "Pipeline stages: 4 (would be 4 GPUs in real setup)",
+        "Microbatches: 4",
+        "💡 In real PipeDream:",
+        "   - Each stage would be on a separate GPU",
+        "   - All 4 GPUs would work in parallel",
+        "💡 In this simulation:",
+        "📊 PIPELINE TIMELINE VISUALIZATION",
+        "Time | GPU0 (Stage 0) | GPU1 (Stage 1) | GPU2 (Stage 2) | GPU3 (Stage 3)",
+        "t0   | MB0 forward    | idle           | idle           | idle",
+        "t3   | MB3 forward    | MB2 forward    | MB1 forward    | MB0 forward    ← All busy!",
+        "✅ Batch complete! All stages now at version 1",
+        "✅ Batch complete! All stages now at version 5",
+    ):
+        assert line in out.splitlines()
+    assert len(out.splitlines()) < 250
+
+    run = train(CONFIG)
+    for batch, loss in enumerate(run.losses):
+        b, v = batch, batch + 1
+        assert f"BATCH {b + 1}/5" in out
+        assert f"Average loss across 4 microbatches: {loss:.4f}" in out
+        assert f"Batch {b + 1}: Loss {loss:.4f} (weights v{b} → v{v})" in out
+        for stage in range(4):
+            assert f"Stage {stage}: Updated weights v{b} → v{v}" in out
+    assert f"Test accuracy: {run.test_accuracy:.1%}" in out
+    for figure in ("Makespan: 46 ", "utilization: 87.0%", "13.0%", "3.48x", "160"):
+        assert figure in out
+
+
+def test_quiet_is_short_and_keeps_losses_measures_and_comparison(program):
+    _, loud, _ = program()
+    _, quiet, _ = program("--verbose False")
+    assert len(quiet.splitlines()) < 60
+    assert "BATCH" not in quiet
+    assert "TIMELINE" not in quiet
+    assert [x.strip("- ") for x in loud.splitlines() if "Loss" in x] == [
+        x for x in quiet.splitlines() if "Loss" in x
+    ]
+    tail = loud[loud.index("📊 WHAT") :]
+    assert quiet.endswith(tail)
+
+
+def test_the_version_lines_show_what_training_read(program):
+    _, out, _ = program("--num_microbatches 1 --batch_size 8")
+    line = next(line for line in out.splitlines() if line.startswith("MB4 "))
+    assert line.split("   ")[1:] == ["v1 v2 v3 v4", " v1 v2 v3 v4", "  v4 v4 v4 v4"]
+    assert "All stages have reached version 1, now at v1x2 v2x2" in out
+    _, out, _ = program("--num_microbatches 1 --batch_size 8 --weight_stashing False")
+    line = next(line for line in out.splitlines() if line.startswith("MB4 "))
+    assert re.search(r"v1 v2 v3 v4 +v4 v4 v4 v4 +v4 v4 v4 v4 +gradient off by \d+\.\d%", line)
+    assert "gradient error, worst" in out
+
+
+@pytest.mark.parametrize(
+    "flags", ["--num_microbatches 2", "--num_microbatches 8", "--num_stages 2", "--num_stages 8"]
+)
+def test_every_experiment_of_the_guide_changes_timeline_utilization_and_training(program, flags):
+    _, before, _ = program()
+    status, after, _ = program(flags)
+    assert status == 0
+    for part in (r"TIMELINE(?s:.*?)BATCH", r"GPU utilization: .*", r"BATCH 5/5(?s:.*?)Batch comp"):
+        assert re.search(part, before)[0] != re.search(part, after)[0]
+    loss = r"Batch 5: Loss .*"
+    same_loss = re.search(loss, before)[0] == re.search(loss, after)[0]
+    # 8 microbatches are fuller, but with 4 or more no stage of 4 is further behind than one batch
+    assert same_loss == (flags == "--num_microbatches 8")
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 160])
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1), (2, 4, 2), (4, 4, 5), (8, 4, 3), (16, 4, 2), (64, 2, 2)]
+)
+def test_the_timeline_fits_keeps_its_columns_and_shows_the_events(width, size):
+    names = ("num_stages", "num_microbatches", "num_batches")
+    config = {**CONFIG, **dict(zip(names, size, strict=True))}
+    events = simulate(build_schedule(config), config)
+    lines = format_timeline(events, width).splitlines()
+    assert max(map(len, lines)) <= width
+    if lines[0].startswith("("):
+        lines.pop(0)  # the key to the narrow cells
+    separator = " | " if " | " in lines[0] else "| " if "| " in lines[0] else " "
+    running = {(e.start, e.device): e.op for e in events if e.op.kind != "U"}
+    for line in lines[1:]:
+        if line.startswith("..."):
+            continue
+        cells = line.partition(" ←")[0].split(separator)
+        cells = [cell.strip() for cell in cells if cell.strip()]
+        time = int(cells[0][1:])
+        for device, cell in enumerate(cells[1:]):
+            op = running.get((time, device))
+            word = {"F": "forward", "B": "backward"}[op.kind] if op else ""
+            roomy = f"MB{op.microbatch} {word}" if op else "idle"
+            narrow = f"{op.kind}{op.microbatch}" if op else "."
+            assert cell in (roomy, narrow)
+        assert ("All busy" in line) == all((time, d) in running for d in range(size[0]))
+
+
+def test_unequal_times_get_a_row_wherever_something_begins_or_ends():
+    config = {**CONFIG, "num_stages": 2, "num_microbatches": 1, "num_batches": 1}
+    config |= {"forward_time": [1, 2.5], "backward_time": 0.1, "comm_time": 0.2}
+    events = simulate(build_schedule(config), config)
+    rows = [line.split("|")[0].strip() for line in format_timeline(events).splitlines()[1:]]
+    assert rows == ["t0", "t1", "t1.2", "t3.7", "t3.8", "t4"]
+
+
+def test_the_comparison_holds_every_schedule_and_marks_this_run():
+    lines = format_comparison(CONFIG).splitlines()
+    shown = {line[2:17].strip(): line.split() for line in lines[1:7]}
+    assert list(shown) == ["naive", "gpipe", "1f1b", "pipedream", "vertical sync", "no stashing"]
+    assert [line[:1] for line in lines[1:7]] == [" ", " ", " ", "*", " ", " "]
+    for name, busy in (("naive", "25.0%"), ("gpipe", "57.1%"), ("1f1b", "57.1%")):
+        assert busy in shown[name]
+    assert "87.0%" in shown["pipedream"]
+
+
+def test_long_runs_and_long_batches_are_thinned_out_and_say_so(program):
+    _, out, _ = program("--num_batches 60 --num_microbatches 32")
+    assert len(out.splitlines()) < 350
+    assert "(16 more microbatches)" in out
+    assert "more rows)" in out
+    assert "batches 6 to 59 go the same way" in out
+    assert "Batch 60: Loss" in out
+
+
+def test_a_diverging_run_says_what_to_do(program):
+    status, out, _ = program("--learning_rate 1e30 --verbose False --num_stages 2")
+    assert status == 0
+    assert "try a smaller learning_rate" in out
+
+
+def test_help_shows_every_key_with_its_comment_and_both_spellings(capsys):
+    with pytest.raises(SystemExit) as stop:
+        make_parser("about").parse_args(["--help"])
+    assert stop.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    source = SCRIPT.read_text("utf-8")
+    block = source[source.index("CONFIG = {") : source.index("\n}\n")]
+    comments = re.findall(r'"(\w+)": .*?  # (.*)', block)
+    assert [key for key, _ in comments] == list(CONFIG) == list(RULES)
+    for key, comment in comments:
+        assert f"--{key} " in out
+        assert f"--{key.replace('_', '-')} " in out
+        assert f"{comment} (now {CONFIG[key]})" in out
+
+
+def test_flags_mean_what_config_would():
+    given = parse_config(
+        make_parser(""),
+        [
+            "--num-stages",
+            "2",
+            "--forward_time",
+            "1,2.5",
+            "--weight_stashing",
+            "false",
+            "--device",
+            "cpu",
+        ],
+    )
+    expected = {**CONFIG, "num_stages": 2, "forward_time": [1, 2.5], "weight_stashing": False}
+    assert given == {**expected, "device": "cpu"}
+
+
+def test_small_configs_all_work(program):
+    for flags in (
+        "--num_stages 1",
+        "--num_microbatches 1",
+        "--num_stages 8 --num_microbatches 2",
+        "--num_batches 1",
+        "--num_stages 1 --num_microbatches 1 --num_batches 1 --layers_per_stage 1 --batch_size 1",
+        "--schedule naive --weight_stashing False",
+    ):
+        status, out, err = program(flags)
+        assert (status, err) == (0, "")
+        assert "Test accuracy" in out
+
+
+# ---------------------------------------------------------------------------- what it refuses
+
+BAD_FLAGS = {
+    "--num_stages 0": "num_stages=0 must be a whole number",
+    "--num_stages -1": "num_stages=-1 must be a whole number",
+    "--num_stages x": "num_stages='x' must be a whole number",
+    "--num_stages 2.5": "num_stages=2.5 must be a whole number",
+    "--num_stages True": "num_stages=True must be a whole number",
+    "--num_stages": "expected one argument",
+    "--num_stagez 4": "unknown flag '--num_stagez': did you mean --num_stages?",
+    "--num_stage 4": "unknown flag '--num_stage': did you mean --num_stages?",
+    "stray": "unknown flag 'stray', --help lists them",
+    "--num_microbatches 5": "batch_size=32 cannot be split evenly into num_microbatches=5: "
+    "try 1, 2, 4, 8, 16 or 32",
+    "--num_microbatches 64": "batch_size=32 cannot be split evenly into num_microbatches=64",
+    "--batch_size 1": "batch_size=1 cannot be split evenly into num_microbatches=4: try 1",
+    "--batch_size 0": "batch_size=0 must be",
+    "--num_batches 0": "num_batches=0 must be",
+    "--layers_per_stage 0": "layers_per_stage=0 must be",
+    "--hidden_size 1e3": "hidden_size=1000.0 must be a whole number",
+    "--seed -1": "seed=-1 must be a whole number, 0 to",
+    "--seed 99999999999999999999": "seed=99999999999999999999 must be",
+    "--learning_rate 0": "learning_rate=0 must be a finite number greater than 0",
+    "--learning_rate -1": "learning_rate=-1 must be",
+    "--learning_rate nan": "learning_rate=nan must be",
+    "--learning_rate inf": "learning_rate=inf must be",
+    "--schedule nope": "schedule='nope' must be one of naive, gpipe, 1f1b, pipedream",
+    "--schedule 7": "schedule=7 must be",
+    "--device nope": "device='nope' must be auto, cpu, cuda or cuda:N",
+    "--device cuda:99": "device='cuda:99': torch finds",
+    "--verbose maybe": "verbose='maybe' must be True or False",
+    "--weight_stashing 1": "weight_stashing=1 must be True or False",
+    "--vertical_sync --weight_stashing False": "vertical_sync=True needs weight_stashing=True",
+    "--forward_time 0": "forward_time=0 must be a finite number greater than 0",
+    "--forward_time 1,2": "forward_time=[1, 2] must have num_stages=4 entries",
+    "--forward_time 1,2,x,4": "forward_time=[1, 2, 'x', 4] must be",
+    "--backward_time inf": "backward_time=inf must be",
+    "--comm_time -1": "comm_time=-1 must be a finite number, 0 or more",
+    "--num_batches 1000000000": "num_stages * num_microbatches * num_batches is 16,000,000,000",
+    "--batch_size 100000000": "batch_size * num_batches is 500,000,000",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags_get_one_line_and_status_2(program, flags):
+    status, out, err = program(flags)
+    assert (status, out) == (2, "")
+    assert err.startswith("pipedream_simple.py: ")
+    assert err.count("\n") == 1
+    assert BAD_FLAGS[flags] in err
+
+
+def test_bad_configs_are_refused_by_check_config_too():
+    with pytest.raises(
+        UserError, match="unknown key 'num_stagez' in CONFIG: did you mean num_stages"
+    ):
+        check_config({**CONFIG, "num_stagez": 4})
+    with pytest.raises(UserError, match="CONFIG has no 'seed'"):
+        check_config({key: value for key, value in CONFIG.items() if key != "seed"})
+    for key in RULES:
+        for value in (None, "x", [], {}, float("nan"), -1, 10**30, [0] * 4, (1, 1, 1, 1)):
+            if key == "seed" or (key, value) == ("learning_rate", 10**30):
+                continue
+            if key.endswith("_time") and value in (10**30, [], [0] * 4):
+                continue
+            with pytest.raises(ValueError, match=key):
+                check_config({**CONFIG, key: value})
+    check_config(CONFIG)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "pipedream"])
+def test_every_time_may_be_a_list(schedule):
+    config = {**CONFIG, "schedule": schedule}
+    lists = {key: [config[key]] * 4 for key in ("forward_time", "backward_time", "comm_time")}
+    check_config({**config, **lists})
+    rows = build_schedule(config)
+    assert makespan(simulate(rows, {**config, **lists})) == makespan(simulate(rows, config))
+
+
+def test_a_config_edited_by_hand_is_checked_in_the_same_way(tmp_path):
+    source = SCRIPT.read_text("utf-8")
+    (tmp_path / "digits.npz").write_bytes((ROOT / "digits.npz").read_bytes())
+    script = tmp_path / "pipedream_simple.py"
+    for old, new, error in (
+        ('"num_stages": 4', '"num_stages": 2', b""),
+        ('"num_stages": 4', '"num_stagez": 4', b"unknown key 'num_stagez' in CONFIG"),
+        ('    "seed": 0,', "    # seed", b"CONFIG has no 'seed'"),
+        ('"num_microbatches": 4', '"num_microbatches": 3', b"try 1, 2, 4, 8, 16 or 32"),
+        ('"forward_time": 1', '"forward_time": "1"', b"forward_time='1' must be"),
+    ):
+        assert source.count(old) == 1
+        script.write_text(source.replace(old, new), "utf-8")
+        done = start(script=script)
+        assert error in done.stderr
+        assert done.returncode == (2 if error else 0)
+        assert done.stderr.count(b"\n") == bool(error)
+
+
+def broken_archives():
+    whole = (ROOT / "digits.npz").read_bytes()
+    with np.load(ROOT / "digits.npz") as file:
+        images, labels = file["images"], file["labels"]
+    yield "missing", None
+    yield "empty", b""
+    yield "cut off", whole[: len(whole) // 2]
+    yield "a bit turned", whole[:5000] + bytes([whole[5000] ^ 255]) + whole[5001:]
+    yield "text", b"not an archive"
+    yield "no labels", {"images": images}
+    yield "fewer labels", {"images": images, "labels": labels[:100]}
+    yield "labels beyond 9", {"images": images, "labels": labels + 7}
+    yield "another shape", {"images": images[:, :4], "labels": labels}
+    yield "no digits", {"images": images[:0], "labels": labels[:0]}
+    yield "words", {"images": images.astype(str), "labels": labels}
+
+
+@pytest.mark.parametrize("what", dict(broken_archives()))
+def test_a_missing_or_broken_digits_file_gets_one_line(program, monkeypatch, tmp_path, what):
+    path = tmp_path / "digits.npz"
+    content = dict(broken_archives())[what]
+    if isinstance(content, dict):
+        np.savez(path, **content)
+    elif content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(pipedream_simple, "__file__", str(tmp_path / "pipedream_simple.py"))
+    monkeypatch.setattr(pipedream_simple, "make_parser", make_parser_of)
+    status, _, err = program("--verbose False")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert str(path) in err
+
+
+def make_parser_of(about):
+    """The real parser, read from the real script although __file__ points elsewhere."""
+    here, pipedream_simple.__file__ = pipedream_simple.__file__, str(SCRIPT)
+    try:
+        return make_parser(about)
+    finally:
+        pipedream_simple.__file__ = here
+
+
+def test_out_of_memory_names_batch_size_and_the_cpu(program, monkeypatch):
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    ):
+        monkeypatch.setattr(
+            pipedream_simple, "train", lambda *_, e=error, **__: (_ for _ in ()).throw(e)
+        )
+        status, _, err = program()
+        assert status == 2
+        assert "batch_size" in err
+        assert "--device cpu" in err
+        assert err.count("\n") == 1
+    monkeypatch.setattr(
+        pipedream_simple, "train", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a bug"))
+    )
+    with pytest.raises(
+        RuntimeError, match="a bug"
+    ):  # what the reader cannot cause keeps its traceback
+        program()
+
+
+# ---------------------------------------------------------------------- where and how it ends
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_any_terminal_gets_text(encoding, tmp_path):
+    done = start(env={"PYTHONIOENCODING": encoding}, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    out = done.stdout.decode(encoding)
+    assert "PipeDream Pipeline Created!" in out
+    assert ("Stage 0: Updated weights v0 → v1" in out) == (encoding == "utf-8")
+    assert "?" not in out
+    assert not list(tmp_path.iterdir()), "the run left something behind"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell pipe")
+def test_a_reader_that_has_seen_enough_ends_it_quietly():
+    command = f"set -o pipefail; '{sys.executable}' '{SCRIPT}' --num_stages 16 | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120)
+    assert done.stderr == b""
+    assert done.stdout.count(b"\n") == 1
+
+
+def test_importing_prints_nothing_and_writes_nothing(tmp_path):
+    command = [sys.executable, "-c", "import pipedream_simple"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=env, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert not list(tmp_path.iterdir())
