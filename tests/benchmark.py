@@ -1,0 +1,128 @@
+"""How fast and how small, as ratios measured in one run: python tests/benchmark.py
+
+Every figure is a median over several runs, and a ratio is the median of ratios of runs that took
+turns, so that it holds on a machine that is busy with other things. Nothing here is asserted.
+"""
+
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pipedream_simple import (  # noqa: E402
+    CONFIG,
+    build_schedule,
+    build_stages,
+    load_digits,
+    make_batches,
+    simulate,
+    train,
+)
+
+
+def seconds(call, *arguments) -> float:
+    start = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - start
+
+
+def compare(ours, theirs, runs: int) -> str:
+    """Median of ours / theirs over runs in turn, with the lowest and the highest."""
+    ours(), theirs()  # not counted: the first run also warms up
+    ratios = [seconds(ours) / seconds(theirs) for _ in range(runs)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {runs} runs)"
+
+
+def python(*arguments):
+    def run():
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+
+    return run
+
+
+def list_and_simulate(num_stages: int, num_microbatches: int) -> float:
+    """Seconds for 1F1B of this size, rows and times."""
+    sizes = {"num_stages": num_stages, "num_microbatches": num_microbatches, "num_batches": 1}
+    config = {**CONFIG, "schedule": "1f1b", **sizes}
+    return seconds(lambda: simulate(build_schedule(config), config))
+
+
+def plain_loop(config: dict, cut: bool) -> float:
+    """Gradient accumulation over the same microbatches, as one writes it without a pipeline.
+
+    With cut the network is run stage by stage, autograd starting anew at each as it must when the
+    neighbours are other GPUs; without, as one graph. Losses and test accuracy as train takes them.
+    """
+    stages = build_stages(config) if cut else [nn.Sequential(*build_stages(config))]
+    weights = [w for stage in stages for w in stage.parameters()]
+    losses = []
+    for batch_x, batch_y in make_batches(config):
+        parts = config["num_microbatches"]
+        for x, y in zip(batch_x.chunk(parts), batch_y.chunk(parts), strict=True):
+            graphs = []
+            for stage in stages:
+                x = x.detach().requires_grad_(bool(graphs))
+                graphs.append((x, stage(x)))
+                x = graphs[-1][1]
+            loss = cross_entropy(x, y) / parts
+            losses.append(loss.item())
+            loss.backward()
+            for (received, _), (_, output) in zip(graphs[:0:-1], graphs[-2::-1], strict=True):
+                torch.dot(output.flatten(), received.grad.flatten()).backward()
+        with torch.no_grad():
+            for w in weights:
+                w -= config["learning_rate"] * w.grad
+                w.grad = None
+    _, (x, y) = load_digits(torch.Generator().manual_seed(config["seed"]))
+    with torch.no_grad():
+        return (nn.Sequential(*stages)(x).argmax(1) == y).double().mean().item()
+
+
+def main():
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+    default, imports = python("pipedream_simple.py"), python("-c", "import torch, numpy")
+    print("\ndefault run / importing torch and numpy")
+    print("  ", compare(default, imports, runs=7))
+
+    print("\n1F1B listed and simulated: operations, seconds, microseconds an operation")
+    for num_stages, num_microbatches in ((4, 125), (8, 1024), (32, 1024), (64, 4096)):
+        times = [list_and_simulate(num_stages, num_microbatches) for _ in range(5)]
+        count, took = 2 * num_stages * num_microbatches, statistics.median(times)
+        print(f"   {count:>9,}  {took:8.4f} s  {1e6 * took / count:5.2f} us")
+
+    config = {**CONFIG, "hidden_size": 512, "batch_size": 256, "num_batches": 20, "device": "cpu"}
+    print("\ntraining, hidden size 512, batch size 256, 20 batches / a plain loop")
+    one = {"num_stages": 1, "layers_per_stage": 12}
+    for name, settings, cut in (
+        ("1 stage / plain loop, one graph", one, False),
+        ("4 stages, 1f1b / plain loop, cut at the stages", {"schedule": "1f1b"}, True),
+        ("4 stages, 1f1b / plain loop, one graph", {"schedule": "1f1b"}, False),
+        ("4 stages, pipedream / plain loop, one graph", {}, False),
+    ):
+        ours = {**config, **settings}
+        ratio = compare(lambda c=ours: train(c), lambda k=cut: plain_loop(config, k), runs=7)
+        print(f"   {name:<48} {ratio}")
+
+    print("\nweight versions alive at the peak, counted while training (the formula)")
+    for num_microbatches in (1, 2, 4):
+        for sync in (False, True):
+            settings = {"num_microbatches": num_microbatches, "vertical_sync": sync}
+            counted = train({**CONFIG, "num_batches": 9, **settings}).peak_versions
+            behind = [3, 3, 3, 3] if sync else [3, 2, 1, 0]
+            formula = [math.ceil(stages / num_microbatches) + 1 for stages in behind]
+            how = "vertical sync" if sync else "stashing"
+            print(f"   M={num_microbatches} {how:<14} {counted} ({formula})")
+
+
+if __name__ == "__main__":
+    main()
