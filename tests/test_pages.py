@@ -1,0 +1,89 @@
+"""The pages say what the program prints now: change a number in them by hand, and this fails."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pipedream_simple import (
+    CONFIG,
+    Run,
+    build_schedule,
+    check_config,
+    format_batch,
+    format_comparison,
+    format_timeline,
+    make_parser,
+    parse_config,
+    simulate,
+    train,
+    utilization,
+)
+
+ROOT = Path(__file__).parent.parent
+PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "QUICKSTART.md")}
+
+
+def blocks(page, language=""):
+    """The fenced blocks of a page in that language."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.M | re.S)
+    return [text for name, text in fenced if name == language]
+
+
+def config_of(flags):
+    return parse_config(make_parser(""), flags.split())
+
+
+def test_every_output_block_is_what_the_program_prints():
+    events = simulate(build_schedule(CONFIG), CONFIG)
+    printed = format_timeline(events).splitlines() + format_comparison(CONFIG).splitlines()
+
+    def on_batch(batch: int, run: Run):
+        printed.extend(format_batch(batch, run, CONFIG, events, {}).splitlines())
+
+    train(CONFIG, on_batch=on_batch)
+    for page in PAGES:
+        assert blocks(page)
+        for line in "".join(blocks(page)).splitlines():
+            assert line in printed, f"{page} shows a line that the program does not print: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_that_a_page_shows_exists_and_is_accepted(page):
+    shown = re.findall(r"`(--[^`]+)`", PAGES[page])
+    shown += re.findall(r"python pipedream_simple.py (--[^\n`]+)", PAGES[page])
+    assert shown
+    for flags in shown:
+        if flags != "--help":
+            check_config(config_of(flags))
+
+
+def test_every_percentage_in_the_table_of_experiments_is_the_simulated_one():
+    rows = re.findall(r"^\| `(--[^`]+)` \| (.*) \|$", PAGES["QUICKSTART.md"], re.M)
+    checked = 0
+    for flags, text in rows:
+        figures = re.findall(r"(\d+\.\d)%", text)
+        config = config_of(flags)
+        for figure in figures[-1:]:  # where two stand there, the first is the default's
+            assert f"{100 * utilization(simulate(build_schedule(config), config)):.1f}" == figure
+            checked += 1
+        for figure in figures[:-1]:
+            assert f"{100 * utilization(simulate(build_schedule(CONFIG), CONFIG)):.1f}" == figure
+    assert checked == 5
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_links_to_exists(page):
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", PAGES[page]):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_rooms_that_the_readme_lists_are_the_banners_of_the_file():
+    source = (ROOT / "pipedream_simple.py").read_text("utf-8")
+    banners = re.findall(r"^# -{20,} (.+)$", source, re.M)
+    table = re.search(r"\| room of .*?\n\n", PAGES["README.md"], re.S)[0]
+    rows = [row for row in table.splitlines() if row.startswith("|")][2:]
+    listed = [name for row in rows for name in row.split("|")[1].split(",")]
+    assert [name.strip() for name in listed if name.strip()] == banners
+    for name in re.findall(r"`([A-Za-z_]+)`", table):
+        assert re.search(rf"^(def|class) {name}\b", source, re.M) or name == "pipedream_simple"
