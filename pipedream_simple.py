@@ -745,12 +745,16 @@ def format_timeline(events: list[Event], width: int = 100, max_rows: int = 60) -
     The first of TIMELINE_STYLES that fits in width; GPUs that do not fit even in the narrowest, and
     rows beyond max_rows, are left out and counted.
     """
-    times = sorted({round(t, 9) for event in events for t in (event.start, event.end)})
+
+    def tick(time: float) -> float:
+        return float(f"{time:.12g}")  # 0.1 + 0.2 and 0.3 are one row
+
+    times = sorted({tick(time) for event in events for time in (event.start, event.end)})
     row_of = {time: row for row, time in enumerate(times)}
     num_devices = 1 + max(event.device for event in events)
     running: list[dict[int, Op]] = [{} for _ in times[:-1]]  # at the last time all is over
     for op, device, start, end in events:
-        for row in range(row_of[round(start, 9)], row_of[round(end, 9)]):
+        for row in range(row_of[tick(start)], row_of[tick(end)]):
             running[row][device] = op
     head, hidden, tail = shorten(range(len(running)), max_rows)
 
@@ -785,7 +789,7 @@ def shorten(items: Sequence, limit: int) -> tuple[Sequence, int, Sequence]:
     """(the first ones, how many are left out, the last ones): limit items at the most."""
     if len(items) <= limit:
         return items, 0, []
-    num_last = limit // 4
+    num_last = max(1, limit // 4)
     return items[: limit - num_last], len(items) - limit, items[-num_last:]
 
 
@@ -901,7 +905,9 @@ def format_measures(
     one_by_one = makespan(simulate(build_schedule({**config, "schedule": "naive"}), config))
     time = makespan(events)
     devices = range(len(schedule))
-    busy = [sum(e.end - e.start for e in events if e.device == device) / time for device in devices]
+    busy = [0.0 for _ in devices]
+    for event in events:
+        busy[event.device] += (event.end - event.start) / time
     per_gpu = {
         "": [f"GPU{device}" for device in devices],
         "busy": [f"{part:.0%}" for part in busy],
@@ -937,9 +943,9 @@ def format_measures(
 
 GRADIENT_ERROR = """\
    Gradient error: |gradient - true| / |true|, true being backpropagation on the
-   weights that the forward read. An update came in between, the backward read
-   other weights, and its result is the gradient of no function. Weight stashing
-   keeps the old version until that backward, and the error is 0."""
+   weights that the forward read. Where an update comes in between, the backward
+   reads other weights, and its result is the gradient of no function. Weight
+   stashing keeps the old version until that backward, and the error is 0."""
 
 
 def format_comparison(config: dict) -> str:
@@ -957,7 +963,8 @@ def format_comparison(config: dict) -> str:
         schedule = build_schedule({**config, **settings})
         events = simulate(schedule, config)
         naive_time = naive_time or makespan(events)  # naive is the first
-        this_run = all(config[key] == value for key, value in settings.items())
+        keys = settings if config["schedule"] == "pipedream" else ["schedule"]  # a flush: no switch
+        this_run = all(config[key] == settings[key] for key in keys)
         table.append(
             [
                 ("* " if this_run else "  ") + name,
@@ -996,13 +1003,13 @@ def is_whole(value, least: int, most: int) -> bool:
 
 
 def is_time(value, zero_allowed: bool = False) -> bool:
-    """A number above 0, or a list of such."""
+    """A number above 0 (and not so large that a sum of them is none), or a list of such."""
     times = value if isinstance(value, list) else [value]
-    return all(is_number(t) and (t > 0 or (zero_allowed and t == 0)) for t in times)
+    return all(is_number(t) and (0 < t <= 1e12 or (zero_allowed and t == 0)) for t in times)
 
 
 COUNT = (lambda value: is_whole(value, 1, 10**9), "must be a whole number, 1 to 1,000,000,000")
-TIME = (is_time, "must be a finite number greater than 0, or a list of such, one a stage")
+TIME = (is_time, "must be a number greater than 0, up to 1e12, or a list of such, one a stage")
 SWITCH = (lambda value: isinstance(value, bool), "must be True or False")
 RULES = {  # key -> (does a value keep the rule?, the rule)
     "num_stages": COUNT,
@@ -1024,7 +1031,7 @@ RULES = {  # key -> (does a value keep the rule?, the rule)
     "backward_time": TIME,
     "comm_time": (
         lambda value: is_time(value, zero_allowed=True),
-        "must be a finite number, 0 or more, or a list of such, one a stage",
+        "must be a number, 0 to 1e12, or a list of such, one a stage",
     ),
     "verbose": SWITCH,
 }
