@@ -1144,20 +1144,22 @@ def parse_value(text: str) -> int | float | bool | str | list:
     return {"true": True, "false": False}.get(text.strip().lower(), text)
 
 
-def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> dict:
-    """CONFIG with the flags of the command line on top, checked; and the parser's other flags."""
+def parse_config(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> tuple[dict, dict]:
+    """CONFIG with the flags of the command line on top, checked; and what other flags said."""
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
         hint = nearest(flag, [f"--{key}" for key in RULES]) or ", --help lists them"
         raise UserError(f"unknown flag {flag!r}{hint}")
-    config = {**CONFIG, **vars(given)}
+    config = CONFIG | {key: value for key, value in vars(given).items() if key in RULES}
     check_config(config)
-    return config
+    return config, {key: value for key, value in vars(given).items() if key not in RULES}
 
 
 def main() -> None:
-    config = parse_config(make_parser(__doc__))
+    config, _ = parse_config(make_parser(__doc__))
     verbose, num_batches = config["verbose"], config["num_batches"]
     width = shutil.get_terminal_size((100, 24)).columns
     schedule = build_schedule(config)

@@ -31,7 +31,7 @@ def blocks(page, language=""):
 
 
 def config_of(flags):
-    return parse_config(make_parser(""), flags.split())
+    return parse_config(make_parser(""), flags.split())[0]
 
 
 def test_every_output_block_is_what_the_program_prints():

@@ -220,22 +220,15 @@ def test_help_shows_every_key_with_its_comment_and_both_spellings(capsys):
         assert f"{comment} (now {CONFIG[key]})" in out
 
 
-def test_flags_mean_what_config_would():
-    given = parse_config(
-        make_parser(""),
-        [
-            "--num-stages",
-            "2",
-            "--forward_time",
-            "1,2.5",
-            "--weight_stashing",
-            "false",
-            "--device",
-            "cpu",
-        ],
-    )
-    expected = {**CONFIG, "num_stages": 2, "forward_time": [1, 2.5], "weight_stashing": False}
-    assert given == {**expected, "device": "cpu"}
+def test_flags_mean_what_config_would_and_other_flags_come_apart():
+    parser = make_parser("")
+    parser.add_argument("--out")
+    flags = "--num-stages 2 --forward_time 1,2.5 --weight_stashing false --out here --verbose"
+    config, other = parse_config(parser, flags.split())
+    settings = {"num_stages": 2, "forward_time": [1, 2.5], "weight_stashing": False}
+    assert config == {**CONFIG, **settings}
+    assert other == {"out": "here"}
+    assert parse_config(make_parser(""), []) == (CONFIG, {})
 
 
 def test_small_configs_all_work(program):
