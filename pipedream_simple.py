@@ -452,7 +452,7 @@ def load_digits(generator: torch.Generator) -> tuple[tuple[Tensor, Tensor], tupl
     x is (n, 64) float, every pixel with mean 0 and a spread of about 1 over the training part;
     y is (n,) int64, 0 to 9. A fifth is held out for the test accuracy. UserError without the file.
     """
-    path = Path(__file__).with_name("digits.npz")
+    path = Path(__file__).resolve().with_name("digits.npz")
     try:
         with np.load(path) as file:
             images, labels = file["images"], file["labels"]
@@ -461,7 +461,7 @@ def load_digits(generator: torch.Generator) -> tuple[tuple[Tensor, Tensor], tupl
         x = torch.from_numpy(images.reshape(len(labels), 64) / 16.0).float()
         y = torch.from_numpy(labels.astype(np.int64))
     except FileNotFoundError:
-        raise UserError(f"{path} is not there: it belongs next to {Path(__file__).name}") from None
+        raise UserError(f"{path} is not there: it belongs next to pipedream_simple.py") from None
     except Exception as error:  # a broken archive raises whatever the part that broke raises
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(f"{path} does not hold the handwritten digits: {reason}") from None
@@ -1195,28 +1195,29 @@ def main() -> None:
 
 def run_main(main: Callable[[], None]) -> int:
     """Call main; whatever the reader can put right ends in one line on stderr and exit status 2."""
-    name = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="plain_text")
+    status = 2
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
         return 0
     except UserError as error:
         message = str(error)
-    except BrokenPipeError:  # | head has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
-        return 130
+        message, status = "stopped", 130
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|alloc", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|alloc", str(error)):
             raise
         message = "out of memory: try a smaller batch_size or hidden_size, or --device cpu"
-    print(f"{name}: {message}", file=sys.stderr)
-    return 2
+    except OSError as error:  # stdout is full, or it is | head, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 0
+        message = f"cannot write: {error.strerror}"
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return status
 
 
 def plain_text(error: UnicodeEncodeError) -> tuple[str, int]:

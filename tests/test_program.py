@@ -430,6 +430,21 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly():
     assert done.stdout.count(b"\n") == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_gets_one_line_and_a_closed_stdout_none():
+    for redirection, status, lines in ((">/dev/full", 2, 1), (">&-", 0, 0)):
+        command = f"'{sys.executable}' '{SCRIPT}' --verbose False {redirection}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120)
+        assert (done.returncode, done.stderr.count(b"\n")) == (status, lines), done.stderr
+
+
+def test_it_runs_from_anywhere_and_through_a_link(tmp_path):
+    link = tmp_path / "link.py"
+    link.symlink_to(SCRIPT)
+    done = start("--verbose", "False", script=link, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_importing_prints_nothing_and_writes_nothing(tmp_path):
     command = [sys.executable, "-c", "import pipedream_simple"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
