@@ -15,8 +15,8 @@ and backward passes, real weight updates.
 Read it from top to bottom: CONFIG, vocabulary, schedules, simulator, measures, model and data,
 trainer; then, if you like, the rooms that only serve: report, bad input, main.
 
-Letters: S stages, D devices, M microbatches in a batch, N batches in the run, K = M * N
-microbatches in the run; s, m, b, v is one stage, microbatch, batch, weight version.
+Letters: S stages, M microbatches in a batch, N batches in the run, K = M * N microbatches in the
+run; s, m, b, v is one stage, microbatch, batch, weight version.
 """
 
 import argparse
@@ -53,16 +53,16 @@ CONFIG = {
     "hidden_size": 64,  # width of the network: more to compute, more to remember
     "batch_size": 32,  # images in a batch: must divide evenly into the microbatches
     "num_batches": 5,  # batches to train on, one weight update each. Try 200
-    "learning_rate": 0.15,  # size of an update: too large, and old weights hurt first
+    "learning_rate": 0.15,  # size of an update: the more staleness, the smaller it has to be
     "seed": 0,  # same seed, same weights and same batches, to the bit
     "device": "auto",  # auto (a GPU if there is one), cpu, cuda or cuda:1
     "schedule": "pipedream",  # naive, gpipe, 1f1b or pipedream
-    "weight_stashing": True,  # False: backward meets newer weights than its forward did
-    "vertical_sync": False,  # True: all stages use the version that stage 0 used (PipeDream)
-    "forward_time": 1,  # simulated time of a forward; a list gives one a stage: 1,1,2,1
-    "backward_time": 1,  # of a backward: 2 is nearer the truth (two matrix products, not one)
-    "comm_time": 0,  # of sending a result to the neighbouring GPU
-    "verbose": True,  # False: only the losses and the measures
+    "weight_stashing": True,  # False: backwards meet newer weights than their forward (pipedream)
+    "vertical_sync": False,  # True: every stage uses the version that stage 0 used (pipedream)
+    "forward_time": 1,  # simulated time of a microbatch's forward; 1,1,2,1 is one a stage
+    "backward_time": 1,  # time of its backward: 2 is nearer the truth (two matrix products, not one)
+    "comm_time": 0,  # time to send a result to the neighbouring GPU
+    "verbose": True,  # False: no timeline, and one line a batch
 }
 
 
@@ -72,7 +72,7 @@ CONFIG = {
 class Op(NamedTuple):
     """One thing that a GPU does.
 
-    >>> str(Op(stage=2, kind="F", microbatch=0, version=5))  # as PyTorch prints it
+    >>> str(Op(stage=2, kind="F", microbatch=0, version=0))  # as PyTorch prints it
     '2F0'
     """
 
@@ -207,11 +207,13 @@ def pin_versions(
     flush there are then microbatches in flight whose forward read version v. Three ways on:
 
     - No stashing: everybody reads the newest. The backward of those microbatches then meets other
-      weights than their forward did, and what it computes is the gradient of no function at all.
+      weights than their forward did, and computes no gradient of the loss: neither at the old
+      weights nor at the new.
     - Weight stashing (PipeDream, SOSP 2019, section 3.3): the first forward of a batch pins the
       newest version that this stage has; every forward and backward of the batch here reads it.
     - Vertical sync (same section): the version that stage 0 pinned holds for all stages, so that a
-      batch meets one network. With M >= S - 1 that is PipeDream-2BW (ICML 2021, section 3.1).
+      batch meets one network. The others have it: they update earlier, and now keep it for longer.
+      With M >= S - 1 that is PipeDream-2BW (ICML 2021, section 3.1).
 
     After a flush nothing is in flight, and all three are the same.
 
@@ -229,10 +231,8 @@ def pin_versions(
         for stage, kind, microbatch in row:
             version = newest[stage]
             if weight_stashing:
-                pinned_by = (
-                    0 if vertical_sync else stage
-                )  # stage 0 pins first: it is in the first row
-                version = pinned.setdefault((pinned_by, microbatch // num_microbatches), version)
+                who = 0 if vertical_sync else stage  # stage 0 has pinned: its row is the first
+                version = pinned.setdefault((who, microbatch // num_microbatches), version)
             ops.append(Op(stage, kind, microbatch, version))
             if kind == "B":
                 backwards[stage] += 1
@@ -276,7 +276,7 @@ def input_of(op: Op, num_stages: int) -> tuple[int, str, int] | None:
 
 @cycle_collector_paused()
 def simulate(schedule: Schedule, config: dict) -> list[Event]:
-    """When would D GPUs run these rows? The only place where time comes from.
+    """When would the GPUs run these rows? The only place where time comes from.
 
     An op starts when its device is free and its input has arrived. Nothing here knows a schedule or
     a bubble: an idle GPU is one whose next op still waits. Updates take no time. Returns the events
@@ -299,8 +299,10 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
         "U": [0] * num_stages,
     }
     comm_time = per_stage(config["comm_time"], num_stages)
+    # Let each GPU run until its next op lacks an input; whoever makes that input wakes it again.
     events = []
-    done = {}  # (stage, kind, microbatch) -> (device, end), until the op that needs it comes
+    runnable = deque(range(len(schedule)))  # devices
+    done = {}  # (stage, kind, microbatch) -> (device, end), until the op that needs it has come
     waiting = {}  # (stage, kind, microbatch) -> the device that waits for it
 
     def run(device: int) -> Iterator[tuple[int, str, int]]:
@@ -324,7 +326,6 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
                 runnable.append(waiting.pop(result))
 
     gpus = [run(device) for device in range(len(schedule))]
-    runnable = deque(range(len(schedule)))
     while runnable:
         device = runnable.popleft()
         needed = next(gpus[device], None)
@@ -358,7 +359,7 @@ def utilization(events: list[Event]) -> float:
 
 def last_readers(schedule: Schedule) -> dict[tuple[int, int], Op]:
     """(stage, version) -> the last op that reads it; then the stage can forget it."""
-    return {(op.stage, op.version): op for row in schedule for op in row}
+    return {(op.stage, op.version): op for row in schedule for op in row}  # the last one stays
 
 
 def memory_held(row: list[Op]) -> list[tuple[int, int]]:
@@ -399,7 +400,7 @@ def mismatches(schedule: Schedule) -> int:
 
 
 def staleness(schedule: Schedule, num_microbatches: int) -> list[int]:
-    """The most updates that a forward misses, per device: in plain SGD batch b reads version b."""
+    """Per device, the most updates that a forward misses: plain SGD reads version b for batch b."""
     return [
         max(op.microbatch // num_microbatches - op.version for op in row if op.kind == "F")
         for row in schedule
@@ -499,7 +500,7 @@ class Worker:
 
     versions    the weight versions that this stage still needs, by number
     in_flight   of each microbatch between its forward and its backward: the input, the output, and
-                the weights that made one of the other. That is the stash. It copies nothing: an
+                the weights that turned one into the other. That is the stash. It copies nothing: an
                 update makes new tensors, and the old ones live while somebody holds them.
     gradient    of the weights, summed over the microbatches of the batch so far
     """
@@ -538,8 +539,8 @@ class Worker:
         for name, w in weights.items():
             w.grad = self.gradient.get(name)  # autograd adds to what is there
         if output_gradient is not None:
-            # The chain rule. output.backward(output_gradient) is the same to the bit, but makes
-            # torch import sympy first, which takes longer than the whole default run.
+            # The chain rule. output.backward(output_gradient) is the same to the bit, but torch
+            # imports sympy for it, which takes longer than all the training of the default run.
             output = torch.dot(output.flatten(), output_gradient.flatten())
         output.backward()
         for name, w in weights.items():
@@ -548,7 +549,11 @@ class Worker:
 
     @torch.no_grad()
     def update(self, op: Op) -> None:
-        """W1 = W0 - learning_rate * (all gradients of the batch): version v becomes v + 1."""
+        """W(v+1) = W(v) - learning_rate * (all gradients of the batch).
+
+        W(v) is the newest version. The gradients may come from an older one, the one that the batch
+        read: that is staleness.
+        """
         weights, rate = self.versions[op.version], self.learning_rate
         new = {} if self.stashing else weights
         for name, w in weights.items():
@@ -606,15 +611,15 @@ def train(
         on_last_stage = op.stage == num_stages - 1
         needed = input_of(op, num_stages)
         if op.kind == "F":
-            x, labels = microbatches[op.microbatch]
-            x = sent.pop(needed, x)  # stage 0 needs no one: it reads the images
+            images, labels = microbatches[op.microbatch]
+            x = images if needed is None else sent.pop(needed)
             sent[op[:3]] = worker.forward(op, x, labels if on_last_stage else None)
         elif op.kind == "B":
-            output_gradient = sent.pop(needed)
-            if on_last_stage:  # what was sent is its own loss, whose gradient is 1
-                run.losses[batch] += output_gradient.item()
-                output_gradient = None
-            x_gradient = worker.backward(op, output_gradient)
+            received = sent.pop(needed)
+            if on_last_stage:  # its own loss: the loss is the output, and no gradient arrives
+                run.losses[batch] += received.item()
+                received = None
+            x_gradient = worker.backward(op, received)
             if op.stage > 0:
                 sent[op[:3]] = x_gradient
             run.newest_at_backward[op.stage, op.microbatch] = run.newest[op.stage]
@@ -768,7 +773,8 @@ def format_timeline(events: list[Event], width: int = 100, max_rows: int = 60) -
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         if sum(widths) + len(separator) * num_devices + len(ALL_BUSY) <= width:
             break
-    while len(widths) > 2 and sum(widths) + len(separator) * len(widths) + len(ALL_BUSY) > width:
+    room = width - len(ALL_BUSY)
+    while len(widths) > 2 and sum(widths) + len(separator) * (len(widths) - 1) > room:
         widths.pop()
 
     lines = [separator.join(map(str.ljust, cells, widths)) for cells in table]
@@ -802,23 +808,29 @@ def format_banner(config: dict) -> str:
     on = "the CPU" if device.type == "cpu" else "1 GPU"
     modules = build_stages(config)
     num_weights = sum(w.numel() for stage in modules for w in stage.parameters())
+    name = {"naive": "Naive", "gpipe": "GPipe", "1f1b": "1F1B", "pipedream": "PipeDream"}
+    name = name.get(config["schedule"], config["schedule"])
     if config["schedule"] != "pipedream":
-        keeps = "updates at a flush: one weight version"
+        keeps = "a flush before every update, so one weight version is enough"
     elif config["vertical_sync"]:
         keeps = "weight stashing with vertical sync"
     else:
         keeps = "weight stashing" if config["weight_stashing"] else "NO weight stashing"
+    one_by_one = num_stages == 1 or config["schedule"] == "naive"
+    parallel = (
+        "One GPU would work at a time" if one_by_one else f"All {gpus} would work in parallel"
+    )
     return f"""\
-🚀 PipeDream Pipeline Created!
+🚀 {name} Pipeline Created!
 ⚠️  SIMULATION MODE: Running on {here} (simulating {gpus})
 Pipeline stages: {num_stages} (would be {gpus} in real setup)
 Microbatches: {config["num_microbatches"]}
 Schedule: {config["schedule"]} ({keeps})
 Network: {num_stages} x {config["layers_per_stage"]} layers, {num_weights:,} weights
 
-💡 In real PipeDream:
+💡 In real {name}:
    - Each stage would be on a separate GPU
-   - All {gpus} would work in parallel
+   - {parallel}
 
 💡 In this simulation:
    - All stages are on {on} (for learning); the arithmetic is real
@@ -856,7 +868,7 @@ def format_batch(
     first = batch * num_microbatches
     head, hidden, tail = shorten(range(first, first + num_microbatches), 16)
     for short in (False, True):
-        table = [["", "forward read", "backward read", "newest by then", ""]]
+        table = [["", "forward read", "backward read", "newest at backward", ""]]
         for m in [*head, *tail]:
             read = [[run.versions_read[s, kind, m] for s in stages] for kind in "FB"]
             newest = [run.newest_at_backward[s, m] for s in stages]
@@ -870,7 +882,8 @@ def format_batch(
         lines.insert(1 + len(head), f"...  ({hidden} more microbatches)")
     note = "stage 0 first; v0x3: v0 on three stages" if short else "stage 0 first"
     lines.insert(0, f"BATCH {batch + 1}/{config['num_batches']}  (weight versions, {note})")
-    lines.append(f"Average loss across {num_microbatches} microbatches: {run.losses[batch]:.4f}")
+    count = f"{num_microbatches} microbatch" + "es" * (num_microbatches > 1)
+    lines.append(f"Average loss across {count}: {run.losses[batch]:.4f}")
     updates = [event for event in events if event.op.kind == "U" and event.op.version == batch]
     head, hidden, tail = shorten(updates, 8)
     for op, _, _, end in [*head, *tail]:
@@ -881,10 +894,8 @@ def format_batch(
     if min(run.newest) == max(run.newest):
         lines.append(f"✅ Batch complete! All stages now at version {batch + 1}")
     else:
-        ahead = format_versions(run.newest, short=True)
-        lines.append(
-            f"✅ Batch complete! All stages have reached version {batch + 1}, now at {ahead}"
-        )
+        lines.append(f"✅ Batch complete! All stages have version {batch + 1}, some a newer one:")
+        lines.append("   " + format_versions(run.newest, short))
     return "\n".join(lines)
 
 
@@ -944,8 +955,8 @@ def format_measures(
 GRADIENT_ERROR = """\
    Gradient error: |gradient - true| / |true|, true being backpropagation on the
    weights that the forward read. Where an update comes in between, the backward
-   reads other weights, and its result is the gradient of no function. Weight
-   stashing keeps the old version until that backward, and the error is 0."""
+   reads other weights: its result is no gradient of the loss, neither at the old
+   weights nor at the new. Weight stashing keeps the old until then: error 0."""
 
 
 def format_comparison(config: dict) -> str:
@@ -956,9 +967,10 @@ def format_comparison(config: dict) -> str:
         ("  vertical sync", {"schedule": "pipedream", **default, "vertical_sync": True}),
         ("  no stashing", {"schedule": "pipedream", **default, "weight_stashing": False}),
     ]
-    columns = "  schedule|time|speed-up|busy|in flight|versions|staleness|mixed"
+    columns = "  schedule|time|speed-up|busy|in flight|versions|staleness|F/B differ"
     table = [columns.split("|")]
     naive_time = None
+    num_backwards = config["num_stages"] * config["num_microbatches"] * config["num_batches"]
     for name, settings in variants:
         schedule = build_schedule({**config, **settings})
         events = simulate(schedule, config)
@@ -974,7 +986,7 @@ def format_comparison(config: dict) -> str:
                 str(max(peak_in_flight(schedule))),
                 str(max(peak_versions(schedule))),
                 str(max(staleness(schedule, config["num_microbatches"]))),
-                str(mismatches(schedule)),
+                f"{mismatches(schedule)} of {num_backwards}",
             ]
         )
     return "\n".join([*format_table(table, gap=2), COMPARISON_LEGEND])
@@ -982,7 +994,8 @@ def format_comparison(config: dict) -> str:
 
 COMPARISON_LEGEND = """\
    * this run. busy: utilization. in flight, versions: peak of the fullest GPU.
-   staleness: updates missed. mixed: backwards on other weights than forward."""
+   staleness: updates missed. F/B differ: backwards that read other weights than
+   their forward did."""
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -1164,7 +1177,8 @@ def main() -> None:
     width = shutil.get_terminal_size((100, 24)).columns
     schedule = build_schedule(config)
     events = simulate(schedule, config)
-    audit = None if config["weight_stashing"] else GradientAudit(config)
+    unstashed = config["schedule"] == "pipedream" and not config["weight_stashing"]
+    audit = GradientAudit(config) if unstashed else None
     gradient_error = audit.error if audit else {}
     step = math.ceil(num_batches / 20)
     shown = {*range(0, num_batches, step), num_batches - 1}  # of a long run only every so many

@@ -72,6 +72,15 @@ def test_every_percentage_in_the_table_of_experiments_is_the_simulated_one():
     assert checked == 5
 
 
+def test_the_versions_in_the_table_of_experiments_are_the_counted_ones():
+    rows = dict(re.findall(r"^\| `(--[^`]+)` \| (.*) \|$", PAGES["QUICKSTART.md"], re.M))
+    paper = "--num_microbatches 1 --num_batches 20"
+    assert "4, 3, 2 and 1 versions" in rows[paper]
+    assert train(config_of(paper)).peak_versions == [4, 3, 2, 1]
+    assert "4 on every GPU" in rows[paper + " --vertical_sync True"]
+    assert train(config_of(paper + " --vertical_sync True")).peak_versions == [4, 4, 4, 4]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_a_page_links_to_exists(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", PAGES[page]):
