@@ -60,7 +60,7 @@ CONFIG = {
     "weight_stashing": True,  # False: backwards meet newer weights than their forward (pipedream)
     "vertical_sync": False,  # True: every stage uses the version that stage 0 used (pipedream)
     "forward_time": 1,  # simulated time of a microbatch's forward; 1,1,2,1 is one a stage
-    "backward_time": 1,  # time of its backward: 2 is nearer the truth (two matrix products, not one)
+    "backward_time": 1,  # time of its backward: 2 is nearer the truth (two matrix products)
     "comm_time": 0,  # time to send a result to the neighbouring GPU
     "verbose": True,  # False: no timeline, and one line a batch
 }
@@ -868,12 +868,20 @@ def format_batch(
     first = batch * num_microbatches
     head, hidden, tail = shorten(range(first, first + num_microbatches), 16)
     for short in (False, True):
-        table = [["", "forward read", "backward read", "newest at backward", ""]]
+        table = [
+            [
+                "",
+                "forward read",
+                "backward read",
+                "newest at backward",
+                "gradient" * bool(gradient_error),
+            ]
+        ]
         for m in [*head, *tail]:
             read = [[run.versions_read[s, kind, m] for s in stages] for kind in "FB"]
             newest = [run.newest_at_backward[s, m] for s in stages]
             worst = max(gradient_error.get((s, m), 0) for s in stages)
-            note = f"gradient off by {worst:.1%}" if gradient_error else ""
+            note = f"{worst:.1%} off" if gradient_error else ""
             table.append([f"MB{m}", *(format_versions(v, short) for v in (*read, newest)), note])
         lines = format_table(table)
         if max(map(len, lines)) <= width:
@@ -955,8 +963,8 @@ def format_measures(
 GRADIENT_ERROR = """\
    Gradient error: |gradient - true| / |true|, true being backpropagation on the
    weights that the forward read. Where an update comes in between, the backward
-   reads other weights: its result is no gradient of the loss, neither at the old
-   weights nor at the new. Weight stashing keeps the old until then: error 0."""
+   reads other weights: its result is no gradient of the loss, neither at the
+   old weights nor at the new. With weight stashing it is 0."""
 
 
 def format_comparison(config: dict) -> str:
@@ -967,10 +975,11 @@ def format_comparison(config: dict) -> str:
         ("  vertical sync", {"schedule": "pipedream", **default, "vertical_sync": True}),
         ("  no stashing", {"schedule": "pipedream", **default, "weight_stashing": False}),
     ]
-    columns = "  schedule|time|speed-up|busy|in flight|versions|staleness|F/B differ"
+    columns = "  schedule|time|speed-up|busy|in flight|versions|stale|F/B differ"
     table = [columns.split("|")]
     naive_time = None
     num_backwards = config["num_stages"] * config["num_microbatches"] * config["num_batches"]
+    legend = COMPARISON_LEGEND.format(num_backwards=num_backwards)
     for name, settings in variants:
         schedule = build_schedule({**config, **settings})
         events = simulate(schedule, config)
@@ -986,16 +995,16 @@ def format_comparison(config: dict) -> str:
                 str(max(peak_in_flight(schedule))),
                 str(max(peak_versions(schedule))),
                 str(max(staleness(schedule, config["num_microbatches"]))),
-                f"{mismatches(schedule)} of {num_backwards}",
+                str(mismatches(schedule)),
             ]
         )
-    return "\n".join([*format_table(table, gap=2), COMPARISON_LEGEND])
+    return "\n".join([*format_table(table, gap=2), legend])
 
 
 COMPARISON_LEGEND = """\
    * this run. busy: utilization. in flight, versions: peak of the fullest GPU.
-   staleness: updates missed. F/B differ: backwards that read other weights than
-   their forward did."""
+   stale: updates missed. F/B differ: of the {num_backwards} backwards, those that
+   read other weights than their forward did."""
 
 
 # ---------------------------------------------------------------------------------------- bad input
