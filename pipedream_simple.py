@@ -99,7 +99,10 @@ class Event(NamedTuple):
 
 @contextmanager
 def cycle_collector_paused():
-    """Keep Python from searching a million small tuples for cycles that cannot be there."""
+    """Keep Python from searching a million small tuples for cycles that cannot be there.
+
+    On a long schedule that search takes as long as all the rest.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -136,7 +139,8 @@ def gpipe(stage: int, num_stages: int, num_microbatches: int, num_batches: int) 
 
     A batch takes M + S - 1 turns each way instead of M * S: utilization M / (M + S - 1). The price
     is memory: a GPU keeps the activations of all M microbatches until their backwards come.
-    GPipe (Huang et al., NeurIPS 2019), sections 2.2 and 2.3.
+    GPipe (Huang et al., NeurIPS 2019), sections 2.2 and 2.3. (The backwards here come first in, first
+    out, as in PyTorch; in the paper's figure 2 last in, first out. Time and gradient are the same.)
 
     >>> print(format_rows(gpipe(stage, 2, 3, 1) for stage in range(2)))  # S=2, M=3, N=1
     GPU0: F0 F1 F2 B0 B1 B2
