@@ -115,7 +115,8 @@ def cycle_collector_paused():
 # ---------------------------------------------------------------------------------- schedules
 #
 # Each function is what the GPU of one stage does, from its first forward to its last backward, and
-# each mends the fault of the one before. Updates and weight versions follow: see pin_versions.
+# each mends the fault of the one before. Updates and weight versions follow: see pin_versions. The
+# formulas for utilization hold where all stages take the same time and comm_time is 0.
 
 Row = Iterator[tuple[int, str, int]]  # (stage, kind, microbatch): an Op, its version still open
 
@@ -139,8 +140,8 @@ def gpipe(stage: int, num_stages: int, num_microbatches: int, num_batches: int) 
 
     A batch takes M + S - 1 turns each way instead of M * S: utilization M / (M + S - 1). The price
     is memory: a GPU keeps the activations of all M microbatches until their backwards come.
-    GPipe (Huang et al., NeurIPS 2019), sections 2.2 and 2.3. (The backwards here come first in, first
-    out, as in PyTorch; in the paper's figure 2 last in, first out. Time and gradient are the same.)
+    GPipe (Huang et al., NeurIPS 2019), sections 2.2 and 2.3. (Backwards come first in, first out,
+    as in PyTorch; in the paper's figure 2 last in, first out. Time and gradient are the same.)
 
     >>> print(format_rows(gpipe(stage, 2, 3, 1) for stage in range(2)))  # S=2, M=3, N=1
     GPU0: F0 F1 F2 B0 B1 B2
@@ -158,6 +159,7 @@ def one_f_one_b(stage: int, num_stages: int, num_microbatches: int, num_batches:
     """1F1B: let a microbatch come back as soon as it can, then one forward for every backward.
 
     Same bubble as GPipe, less memory: stage s keeps at most S - s microbatches, however large M is.
+    (With slow links that is too few to hide the way there and back, and GPipe is the faster one.)
     The order is PipeDream's (SOSP 2019, section 3.2). Used inside a batch, with a flush at its end,
     it is PipeDream-Flush (Narayanan et al., ICML 2021, section 3.2), Megatron-LM's default.
 
@@ -215,9 +217,10 @@ def pin_versions(
       weights nor at the new.
     - Weight stashing (PipeDream, SOSP 2019, section 3.3): the first forward of a batch pins the
       newest version that this stage has; every forward and backward of the batch here reads it.
+      (The paper does not split its minibatches: M = 1. With M > 1 gradients add up before U.)
     - Vertical sync (same section): the version that stage 0 pinned holds for all stages, so that a
       batch meets one network. The others have it: they update earlier, and now keep it for longer.
-      With M >= S - 1 that is PipeDream-2BW (ICML 2021, section 3.1).
+      With M >= S - 1 > 0 that is PipeDream-2BW (ICML 2021, section 3.1).
 
     After a flush nothing is in flight, and all three are the same.
 
@@ -461,8 +464,11 @@ def load_digits(generator: torch.Generator) -> tuple[tuple[Tensor, Tensor], tupl
     try:
         with np.load(path) as file:
             images, labels = file["images"], file["labels"]
-        if images.shape != (len(labels), 8, 8) or len(labels) < 10 or labels.max() > 9:
-            raise ValueError("expected images of shape (n, 8, 8) and n labels, 0 to 9")
+        shapes_fit = labels.ndim == 1 and images.shape == (len(labels), 8, 8)
+        if not shapes_fit or len(labels) < 10 or {images.dtype.kind, labels.dtype.kind} - set("ui"):
+            raise ValueError("expected whole numbers, images (n, 8, 8) and labels (n,)")
+        if not 0 <= labels.min() <= labels.max() <= 9:
+            raise ValueError("expected labels from 0 to 9")
         x = torch.from_numpy(images.reshape(len(labels), 64) / 16.0).float()
         y = torch.from_numpy(labels.astype(np.int64))
     except FileNotFoundError:
@@ -773,7 +779,7 @@ def format_timeline(events: list[Event], width: int = 100, max_rows: int = 60) -
         for row in [*head, *tail]:
             ops = [running[row].get(device) for device in range(num_devices)]
             cells = (texts[op.kind].format(op.microbatch) if op else idle for op in ops)
-            table.append([f"t{times[row]:.10g}", *cells])
+            table.append([f"t{times[row]:.12g}", *cells])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         if sum(widths) + len(separator) * num_devices + len(ALL_BUSY) <= width:
             break
@@ -841,6 +847,11 @@ Network: {num_stages} x {config["layers_per_stage"]} layers, {num_weights:,} wei
    - Timeline shows what WOULD happen on {gpus}; time is simulated"""
 
 
+def worst(errors: list[float]) -> float:
+    """The largest, and not a number if one of them is none."""
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
 def format_versions(versions: list[int], short: bool = False) -> str:
     """Versions stage by stage: "v0 v0 v0 v1", or in short "v0x3 v1".
 
@@ -884,8 +895,8 @@ def format_batch(
         for m in [*head, *tail]:
             read = [[run.versions_read[s, kind, m] for s in stages] for kind in "FB"]
             newest = [run.newest_at_backward[s, m] for s in stages]
-            worst = max(gradient_error.get((s, m), 0) for s in stages)
-            note = f"{worst:.1%} off" if gradient_error else ""
+            errors = [gradient_error[s, m] for s in stages] if gradient_error else []
+            note = f"{worst(errors):.1%} off" if errors else ""
             table.append([f"MB{m}", *(format_versions(v, short) for v in (*read, newest)), note])
         lines = format_table(table)
         if max(map(len, lines)) <= width:
@@ -939,11 +950,9 @@ def format_measures(
         "staleness (updates missed)": staleness(schedule, config["num_microbatches"]),
     }
     if gradient_error:
-        for name, measure in (("mean", statistics.fmean), ("worst", max)):
-            per_gpu[f"gradient error, {name}"] = [
-                f"{measure(e for (s, _), e in gradient_error.items() if s == stage):.1%}"
-                for stage in range(config["num_stages"])
-            ]
+        errors = [[e for (s, _), e in gradient_error.items() if s == stage] for stage in devices]
+        per_gpu["gradient error, mean"] = [f"{statistics.fmean(e):.1%}" for e in errors]
+        per_gpu["gradient error, worst"] = [f"{worst(e):.1%}" for e in errors]
     cell_width = 1 + max(len(str(cell)) for row in per_gpu.values() for cell in row)
     first, hidden, last = shorten(devices, max(2, (width - 28 - 4) // cell_width))
     for name, row in per_gpu.items():
@@ -966,9 +975,9 @@ def format_measures(
 
 GRADIENT_ERROR = """\
    Gradient error: |gradient - true| / |true|, true being backpropagation on the
-   weights that the forward read. Where an update comes in between, the backward
-   reads other weights: its result is no gradient of the loss, neither at the
-   old weights nor at the new. With weight stashing it is 0."""
+   weights that the forward read. Where an update comes in between, here or on a
+   later stage, the backward reads other weights: its result is no gradient of the
+   loss, neither at the old weights nor at the new. With weight stashing it is 0."""
 
 
 def format_comparison(config: dict) -> str:
@@ -1019,8 +1028,9 @@ class UserError(ValueError):
 
 
 def is_number(value) -> bool:
-    """A finite int or float. (A bool is an int to Python; a reader who writes True means no 1.)"""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """An int or float up to 1e30; no bool, which is an int to Python and none to a reader."""
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and -1e30 <= value <= 1e30
 
 
 def is_whole(value, least: int, most: int) -> bool:
@@ -1046,7 +1056,7 @@ RULES = {  # key -> (does a value keep the rule?, the rule)
     "num_batches": COUNT,
     "learning_rate": (
         lambda value: is_number(value) and value > 0,
-        "must be a finite number greater than 0",
+        "must be a number greater than 0, up to 1e30",
     ),
     "seed": (lambda value: is_whole(value, 0, 2**63 - 1), "must be a whole number, 0 to 2**63 - 1"),
     "device": (lambda value: isinstance(value, str), "must be auto, cpu, cuda or cuda:N"),
@@ -1063,10 +1073,7 @@ RULES = {  # key -> (does a value keep the rule?, the rule)
 }
 
 
-MAX_FORWARDS, MAX_IMAGES = (
-    500_000,
-    10_000_000,
-)  # forwards, and images, that one run may hold in memory
+MAX_LAYERS, MAX_FORWARDS, MAX_IMAGES = 10_000, 500_000, 10_000_000  # that one run may hold
 
 
 def check_config(config: dict) -> None:
@@ -1098,6 +1105,10 @@ def check_config(config: dict) -> None:
             raise UserError(
                 f"{what} * num_batches is {count * num_batches:,}: at most {most:,} fit"
             )
+    num_layers = num_stages * config["layers_per_stage"]
+    if num_layers > MAX_LAYERS:
+        rule = f"at most {MAX_LAYERS:,} fit"
+        raise UserError(f"num_stages * layers_per_stage is {num_layers:,}: {rule}")
     if batch_size % num_microbatches:
         *most, last = (str(d) for d in range(1, batch_size + 1) if batch_size % d == 0)
         choices = f"{', '.join(most)} or {last}" if most else last
@@ -1136,9 +1147,8 @@ NEXT_STEPS = """\
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with a flag for every CONFIG key; --help shows the comments beside them."""
-    comments = dict(
-        re.findall(r'^    "(\w+)": .*?  # (.*)$', Path(__file__).read_text("utf-8"), re.M)
-    )
+    source = Path(__file__).read_text("utf-8", "replace")
+    comments = dict(re.findall(r'^    "(\w+)": .*?  # (.*)$', source, re.M))
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1160,7 +1170,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def parse_value(text: str) -> int | float | bool | str | list:
     """What Python would read: 4, 0.5, True, 1,2,1,1 (a list); everything else stays text."""
-    if "," in text:
+    if "," in text or text.startswith("["):
         return [parse_value(part) for part in text.strip("[] ").split(",")]
     for convert in (int, float):
         try:

@@ -1,5 +1,6 @@
 """The program as its reader meets it: what it prints, what it refuses, and how it ends."""
 
+import math
 import os
 import re
 import subprocess
@@ -23,10 +24,14 @@ from pipedream_simple import (
     make_parser,
     makespan,
     parse_config,
+    peak_in_flight,
+    peak_versions,
     run_main,
     shorten,
     simulate,
+    staleness,
     train,
+    utilization,
 )
 
 ROOT = Path(pipedream_simple.__file__).parent
@@ -247,6 +252,46 @@ def test_small_configs_all_work(program):
         assert "Test accuracy" in out
 
 
+@pytest.mark.parametrize("flags", ["", "--num_microbatches 1 --num_batches 8", "--comm_time 0.5"])
+def test_the_table_of_measures_shows_what_the_functions_say(program, flags):
+    config, _ = parse_config(make_parser(""), flags.split())
+    rows = build_schedule(config)
+    events = simulate(rows, config)
+    naive = makespan(simulate(build_schedule({**config, "schedule": "naive"}), config))
+    _, out, _ = program(flags)
+    shown = {}
+    for line in out[out.index("WHAT THE SIM") :].splitlines():
+        match = re.match(r"(busy|microbatches in flight|weight versions|staleness)[^\d]*(.*)", line)
+        if match and match[1] not in shown:
+            shown[match[1]] = match[2].split()
+    assert shown["busy"] == [f"{utilization(events):.0%}"] * 4  # equal stages, equally busy
+    assert shown["microbatches in flight"] == [str(x) for x in peak_in_flight(rows)]
+    assert shown["weight versions"] == [str(x) for x in peak_versions(rows)]
+    behind = staleness(rows, config["num_microbatches"])
+    assert shown["staleness"] == [str(x) for x in behind]
+    assert behind == sorted(behind, reverse=True) != behind[::-1]
+    assert f"naive, one microbatch at a time: {naive:g})" in out
+    assert f"Speed-up over naive: {naive / makespan(events):.2f}x" in out
+
+
+def test_updates_are_dated_and_weights_counted(program):
+    _, out, _ = program()
+    for event in simulate(build_schedule(CONFIG), CONFIG):
+        if event.op.kind == "U":
+            v = event.op.version
+            line = f"Stage {event.op.stage}: Updated weights v{v} → v{v + 1}  (at t{event.end})"
+            assert line in out
+    layer = 64 * 64 + 64
+    assert f"Network: 4 x 3 layers, {11 * layer + 64 * 10 + 10:,} weights" in out
+
+
+def test_a_gradient_that_is_no_number_is_not_called_right(program):
+    _, out, _ = program("--weight_stashing False --learning_rate 1e30 --num_stages 2")
+    worst = next(line for line in out.splitlines() if line.startswith("gradient error, worst"))
+    mean = next(line for line in out.splitlines() if line.startswith("gradient error, mean"))
+    assert worst.count("nan%") == mean.count("nan%") > 0
+
+
 # ---------------------------------------------------------------------------- what it refuses
 
 BAD_FLAGS = {
@@ -269,7 +314,7 @@ BAD_FLAGS = {
     "--hidden_size 1e3": "hidden_size=1000.0 must be a whole number",
     "--seed -1": "seed=-1 must be a whole number, 0 to",
     "--seed 99999999999999999999": "seed=99999999999999999999 must be",
-    "--learning_rate 0": "learning_rate=0 must be a finite number greater than 0",
+    "--learning_rate 0": "learning_rate=0 must be a number greater than 0",
     "--learning_rate -1": "learning_rate=-1 must be",
     "--learning_rate nan": "learning_rate=nan must be",
     "--learning_rate inf": "learning_rate=inf must be",
@@ -284,6 +329,10 @@ BAD_FLAGS = {
     "--forward_time 1,2": "forward_time=[1, 2] must have num_stages=4 entries",
     "--forward_time 1,2,x,4": "forward_time=[1, 2, 'x', 4] must be",
     "--backward_time inf": "backward_time=inf must be",
+    "--forward_time [1]": "forward_time=[1] must have num_stages=4 entries",
+    "--learning_rate 1e39": "learning_rate=1e+39 must be a number greater than 0, up to 1e30",
+    f"--num_batches 1{400 * '0'}": "must be a whole number, 1 to 1,000,000,000",
+    "--layers_per_stage 1000000000": "num_stages * layers_per_stage is 4,000,000,000: at most",
     "--comm_time -1": "comm_time=-1 must be a number, 0 to 1e12",
     "--num_batches 1000000000": "num_stages * num_microbatches * num_batches is 16,000,000,000",
     "--batch_size 100000000": "batch_size * num_batches is 500,000,000",
@@ -307,8 +356,8 @@ def test_bad_configs_are_refused_by_check_config_too():
     with pytest.raises(UserError, match="CONFIG has no 'seed'"):
         check_config({key: value for key, value in CONFIG.items() if key != "seed"})
     for key in RULES:
-        for value in (None, "x", [], {}, float("nan"), -1, 10**30, [0] * 4, (1, 1, 1, 1)):
-            if key == "seed" or (key, value) == ("learning_rate", 10**30):
+        for value in (None, "x", [], {}, math.nan, -1, 10**31, 10**400, [0] * 4, (1, 1, 1, 1)):
+            if key == "seed":
                 continue
             if key == "comm_time" and value == [0] * 4:
                 continue
@@ -356,6 +405,10 @@ def broken_archives():
     yield "text", b"not an archive"
     yield "no labels", {"images": images}
     yield "fewer labels", {"images": images, "labels": labels[:100]}
+    yield "labels below 0", {"images": images, "labels": labels.astype(int) - 1}
+    yield "labels in a table", {"images": images, "labels": labels[:, None]}
+    yield "fractions", {"images": images / 16.0, "labels": labels}
+    yield "complex", {"images": images * 1j, "labels": labels}
     yield "labels beyond 9", {"images": images, "labels": labels + 7}
     yield "another shape", {"images": images[:, :4], "labels": labels}
     yield "no digits", {"images": images[:0], "labels": labels[:0]}
@@ -445,6 +498,15 @@ def test_it_runs_from_anywhere_and_through_a_link(tmp_path):
     link.symlink_to(SCRIPT)
     done = start("--verbose", "False", script=link, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_ctrl_c_ends_with_one_line_and_status_130(program, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipedream_simple, "train", interrupted)
+    status, _, err = program()
+    assert (status, err) == (130, "pipedream_simple.py: stopped\n")
 
 
 def test_importing_prints_nothing_and_writes_nothing(tmp_path):

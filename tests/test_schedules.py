@@ -270,6 +270,14 @@ def test_a_comm_time_a_stage_counts_only_between_devices():
     assert compute == {"0F0": 1, "1F0": 7, "2F0": 15, "2B0": 16, "1B0": 28, "0B0": 36}
 
 
+def test_slow_links_cost_1f1b_more_than_gpipe_whose_warmup_hides_them():
+    """GPipe sends all it has while the first is on its way; 1F1B waits for the first to return."""
+    assert makespan(make("gpipe", 2, 2, 1, comm_time=1)[2]) == 8
+    assert makespan(make("1f1b", 2, 2, 1, comm_time=1)[2]) == 8
+    assert makespan(make("gpipe", 4, 8, 1, comm_time=1)[2]) == 28
+    assert makespan(make("1f1b", 4, 8, 1, comm_time=1)[2]) > 28
+
+
 def test_rows_that_wait_in_a_circle_are_named():
     rows = [[Op(0, "B", 0, 0), Op(0, "F", 0, 0)], [Op(1, "F", 0, 0), Op(1, "B", 0, 0)]]
     with pytest.raises(ValueError, match="deadlock: GPU0 waits for 1B0, GPU1 waits for 0F0"):

@@ -269,6 +269,61 @@ def test_same_seed_same_bits_and_another_seed_others():
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_weights_and_batches_both_come_from_the_seed():
+    ours, others = small(), small(seed=1)
+    for make in (build_stages, make_batches):
+        first = make(ours)[0], make(others)[0]
+        a, b = (next(iter(x.parameters())) if make is build_stages else x[0] for x in first)
+        assert not torch.equal(a, b)
+
+
+def test_hidden_size_is_the_width_of_the_network():
+    shapes = [tuple(w.shape) for stage in build_stages(small()) for w in stage.parameters()]
+    assert shapes == [(12, 64), (12,), *[(12, 12), (12,)] * 10, (10, 12), (10,)]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_accuracy_is_that_of_the_final_weights_on_images_never_trained_on(seed):
+    config = {**CONFIG, "seed": seed, "num_batches": 60, "batch_size": 100}  # every training image
+    run = train(config)
+    _, (x, y) = load_digits(torch.Generator().manual_seed(seed))
+    h = x
+    for stage, weights in zip(build_stages(config), run.weights, strict=True):
+        h = functional_call(stage, weights, (h,))
+    assert run.test_accuracy == pytest.approx((h.argmax(1) == y).double().mean().item())
+    trained_on = {tuple(image) for batch, _ in make_batches(config) for image in batch.tolist()}
+    assert len(trained_on) == 1438
+    assert not trained_on & set(map(tuple, x.tolist()))
+
+
+def test_the_audit_measures_by_hand_what_it_says():
+    """One microbatch between two updates that are made by hand: S=2, M=1, no stashing."""
+    config = small(num_stages=2, num_microbatches=1, num_batches=2, weight_stashing=False)
+    audit = GradientAudit(config, torch.float64)
+    before = {}  # stage -> weights that the forward of microbatch 1 read
+    made = {}  # stage -> gradient of microbatch 1
+
+    def watch(op, worker):
+        audit(op, worker)
+        if op.microbatch == 1 and op.kind == "F":
+            weights = worker.versions[op.version]
+            before[op.stage] = {n: w.detach().clone().requires_grad_() for n, w in weights.items()}
+        if op.microbatch == 1 and op.kind == "B":
+            made[op.stage] = [g.clone() for g in worker.gradient.values()]
+
+    train(config, torch.float64, watch=watch)
+    x, y = split_batches(config, torch.float64)[1]
+    for stage, module in enumerate(build_stages(config)):
+        x = functional_call(module, before[stage], (x,))
+    cross_entropy(x, y).backward()
+    for stage in range(2):
+        true = nn.utils.parameters_to_vector([w.grad for w in before[stage].values()])
+        ours = nn.utils.parameters_to_vector(made[stage])
+        expected = (torch.linalg.norm(ours - true) / torch.linalg.norm(true)).item()
+        assert audit.error[stage, 1] == pytest.approx(expected, abs=1e-12)
+    assert audit.error[0, 1] > 0.001
+
+
 def test_no_digit_is_lost_twice_in_an_epoch_or_shared_with_the_test_part():
     (train_x, train_y), (test_x, test_y) = load_digits(torch.Generator().manual_seed(0))
     assert (len(train_y), len(test_y)) == (1438, 359)
