@@ -15,6 +15,7 @@ import pipedream_simple
 from pipedream_simple import (
     CONFIG,
     RULES,
+    GradientAudit,
     UserError,
     build_schedule,
     check_config,
@@ -272,6 +273,20 @@ def test_the_table_of_measures_shows_what_the_functions_say(program, flags):
     assert behind == sorted(behind, reverse=True) != behind[::-1]
     assert f"naive, one microbatch at a time: {naive:g})" in out
     assert f"Speed-up over naive: {naive / makespan(events):.2f}x" in out
+
+
+def test_the_gradient_errors_shown_are_those_of_the_audit(program):
+    config = {**CONFIG, "weight_stashing": False}
+    audit = GradientAudit(config)
+    train(config, watch=audit)
+    _, out, _ = program("--weight_stashing False")
+    for name, measure in (("mean", lambda errors: sum(errors) / len(errors)), ("worst", max)):
+        line = next(line for line in out.splitlines() if line.startswith(f"gradient error, {name}"))
+        per_stage = [[e for (s, _), e in audit.error.items() if s == stage] for stage in range(4)]
+        assert line.split()[3:] == [f"{measure(errors):.1%}" for errors in per_stage]
+    for m in range(20):
+        line = next(line for line in out.splitlines() if line.startswith(f"MB{m} "))
+        assert line.endswith(f"   {max(audit.error[s, m] for s in range(4)):.1%} off")
 
 
 def test_updates_are_dated_and_weights_counted(program):

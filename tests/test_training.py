@@ -215,6 +215,12 @@ def test_forward_and_backward_read_what_the_schedule_says():
         run = train(config)
         assert run.versions_read == planned
         assert run.newest == [5] * 3
+        for row in rows:
+            updates = 0
+            for op in row:
+                updates += op.kind == "U"
+                if op.kind == "B":
+                    assert run.newest_at_backward[op.stage, op.microbatch] == updates
         if switches.get("weight_stashing", True):
             for (stage, kind, microbatch), version in planned.items():
                 assert version == planned[stage, "F", microbatch]
