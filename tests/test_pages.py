@@ -14,7 +14,9 @@ from pipedream_simple import (
     format_comparison,
     format_timeline,
     make_parser,
+    mismatches,
     parse_config,
+    peak_in_flight,
     simulate,
     train,
     utilization,
@@ -79,6 +81,24 @@ def test_the_versions_in_the_table_of_experiments_are_the_counted_ones():
     assert train(config_of(paper)).peak_versions == [4, 3, 2, 1]
     assert "4 on every GPU" in rows[paper + " --vertical_sync True"]
     assert train(config_of(paper + " --vertical_sync True")).peak_versions == [4, 4, 4, 4]
+
+
+def test_the_figures_in_the_readmes_story_are_the_computed_ones():
+    story = " ".join(PAGES["README.md"].split())
+    wrong = mismatches(build_schedule({**CONFIG, "weight_stashing": False}))
+    assert f"{wrong} of the {4 * 4 * 5} backwards" in story
+    eight = {**CONFIG, "num_microbatches": 8}
+    assert max(peak_in_flight(build_schedule({**eight, "schedule": "gpipe"}))) == 8
+    assert "(with `--num_microbatches 8` GPipe holds eight)" in story
+    assert max(peak_in_flight(build_schedule({**eight, "schedule": "1f1b"}))) == 4
+    assert "at most four microbatches in flight" in story
+    slow = {**eight, "comm_time": 1}
+    busy = {
+        name: utilization(simulate(build_schedule({**slow, "schedule": name}), slow))
+        for name in ("gpipe", "1f1b", "pipedream")
+    }
+    assert busy["gpipe"] > max(busy["1f1b"], busy["pipedream"])
+    assert "GPipe overtakes them" in story
 
 
 @pytest.mark.parametrize("page", PAGES)
