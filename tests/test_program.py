@@ -19,6 +19,8 @@ from pipedream_simple import (
     UserError,
     build_schedule,
     check_config,
+    choose_device,
+    format_banner,
     format_comparison,
     format_timeline,
     main,
@@ -522,6 +524,29 @@ def test_ctrl_c_ends_with_one_line_and_status_130(program, monkeypatch):
     monkeypatch.setattr(pipedream_simple, "train", interrupted)
     status, _, err = program()
     assert (status, err) == (130, "pipedream_simple.py: stopped\n")
+
+
+def test_with_gpus_auto_takes_the_first_and_the_banner_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == torch.device("cuda")
+    assert choose_device("cpu") == torch.device("cpu")
+    banner = format_banner(CONFIG)
+    assert "SIMULATION MODE: Running on 1 GPU (simulating 4 GPUs)" in banner
+    assert "All stages are on 1 GPU" in banner
+    for name in ("cuda", "cuda:0", "cuda:1"):
+        check_config({**CONFIG, "device": name})
+    with pytest.raises(UserError, match="device='cuda:2': torch finds 2 CUDA GPUs"):
+        check_config({**CONFIG, "device": "cuda:2"})
+
+
+def test_the_banner_names_the_schedule_that_runs():
+    for schedule, name in (("naive", "Naive"), ("gpipe", "GPipe"), ("1f1b", "1F1B")):
+        banner = format_banner({**CONFIG, "schedule": schedule})
+        assert f"{name} Pipeline Created!" in banner
+        assert ("work in parallel" in banner) == (schedule != "naive")
+    assert "NO weight stashing" in format_banner({**CONFIG, "weight_stashing": False})
+    assert "vertical sync" in format_banner({**CONFIG, "vertical_sync": True})
 
 
 def test_importing_prints_nothing_and_writes_nothing(tmp_path):
