@@ -330,7 +330,7 @@ def test_the_audit_measures_by_hand_what_it_says():
     assert audit.error[0, 1] > 0.001
 
 
-def test_no_digit_is_lost_twice_in_an_epoch_or_shared_with_the_test_part():
+def test_an_epoch_holds_every_training_digit_once_and_none_of_the_test_part():
     (train_x, train_y), (test_x, test_y) = load_digits(torch.Generator().manual_seed(0))
     assert (len(train_y), len(test_y)) == (1438, 359)
     assert train_x.shape == (1438, 64)
