@@ -532,7 +532,7 @@ class Worker:
         weights = self.versions[op.version]
         # Autograd stops at x: what came before is another GPU's, or the images.
         x = x.detach().requires_grad_(op.stage > 0)
-        output = functional_call(self.stage, weights, (x,), tie_weights=False)
+        output = functional_call(self.stage, weights, (x,), tie_weights=False)  # there are none
         if labels is not None:
             output = cross_entropy(output, labels) / self.num_microbatches
         self.in_flight[op.microbatch] = x, output, weights
@@ -1020,7 +1020,7 @@ COMPARISON_LEGEND = """\
    read other weights than their forward did."""
 
 
-# ---------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------- bad input
 
 
 class UserError(ValueError):
@@ -1245,7 +1245,9 @@ def run_main(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         message, status = "stopped", 130
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|alloc", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(
+            "out of memory|DefaultCPUAllocator", str(error)
+        ):
             raise
         message = "out of memory: try a smaller batch_size or hidden_size, or --device cpu"
     except OSError as error:  # stdout is full, or it is | head, which has seen enough

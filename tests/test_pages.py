@@ -7,6 +7,7 @@ import pytest
 
 from pipedream_simple import (
     CONFIG,
+    GradientAudit,
     Run,
     build_schedule,
     check_config,
@@ -99,6 +100,19 @@ def test_the_figures_in_the_readmes_story_are_the_computed_ones():
     }
     assert busy["gpipe"] > max(busy["1f1b"], busy["pipedream"])
     assert "GPipe overtakes them" in story
+
+
+def test_the_gradient_error_grows_as_the_readme_says():
+    def worst(**settings):
+        config = {**CONFIG, "weight_stashing": False, **settings}
+        audit = GradientAudit(config)
+        train(config, watch=audit)
+        return max(audit.error.values())
+
+    default = worst()
+    for settings in ({"num_stages": 8}, {"num_microbatches": 1}, {"learning_rate": 0.3}):
+        assert worst(**settings) > 1.1 * default, settings
+    assert "grows with more stages, with more staleness" in " ".join(PAGES["README.md"].split())
 
 
 @pytest.mark.parametrize("page", PAGES)
