@@ -399,11 +399,13 @@ def peak_versions(schedule: Schedule) -> list[int]:
     return [max(alive for _, alive in memory_held(row)) for row in schedule]
 
 
-def mismatches(schedule: Schedule) -> int:
-    """How many backwards read another weight version than their forward did. Stashing: none."""
+def mismatches(schedule: Schedule) -> list[Op]:
+    """The backwards that read another weight version than their forward did. Stashing: none."""
     ops = [op for row in schedule for op in row]
     forward_read = {(op.stage, op.microbatch): op.version for op in ops if op.kind == "F"}
-    return sum(op.kind == "B" and forward_read[op.stage, op.microbatch] != op.version for op in ops)
+    return [
+        op for op in ops if op.kind == "B" and forward_read[op.stage, op.microbatch] != op.version
+    ]
 
 
 def staleness(schedule: Schedule, num_microbatches: int) -> list[int]:
@@ -760,10 +762,6 @@ def format_timeline(events: list[Event], width: int = 100, max_rows: int = 60) -
     The first of TIMELINE_STYLES that fits in width; GPUs that do not fit even in the narrowest, and
     rows beyond max_rows, are left out and counted.
     """
-
-    def tick(time: float) -> float:
-        return float(f"{time:.12g}")  # 0.1 + 0.2 and 0.3 are one row
-
     times = sorted({tick(time) for event in events for time in (event.start, event.end)})
     row_of = {time: row for row, time in enumerate(times)}
     num_devices = 1 + max(event.device for event in events)
@@ -801,12 +799,28 @@ def format_timeline(events: list[Event], width: int = 100, max_rows: int = 60) -
     return "\n".join(lines)
 
 
+def tick(time: float) -> float:
+    """A time without the last digits of rounding, so that 0.1 + 0.2 and 0.3 are one row."""
+    return float(f"{time:.12g}")
+
+
 def shorten(items: Sequence, limit: int) -> tuple[Sequence, int, Sequence]:
     """(the first ones, how many are left out, the last ones): limit items at the most."""
     if len(items) <= limit:
         return items, 0, []
     num_last = max(1, limit // 4)
     return items[: limit - num_last], len(items) - limit, items[-num_last:]
+
+
+def schedule_name(config: dict) -> tuple[str, str]:
+    """How people write the schedule's name, and what it does about weight versions."""
+    names = {"naive": "Naive", "gpipe": "GPipe", "1f1b": "1F1B", "pipedream": "PipeDream"}
+    name = names.get(config["schedule"], config["schedule"])
+    if config["schedule"] != "pipedream":
+        return name, "a flush before every update, so one weight version is enough"
+    if config["vertical_sync"]:
+        return name, "weight stashing with vertical sync"
+    return name, "weight stashing" if config["weight_stashing"] else "NO weight stashing"
 
 
 def format_banner(config: dict) -> str:
@@ -818,14 +832,7 @@ def format_banner(config: dict) -> str:
     on = "the CPU" if device.type == "cpu" else "1 GPU"
     modules = build_stages(config)
     num_weights = sum(w.numel() for stage in modules for w in stage.parameters())
-    name = {"naive": "Naive", "gpipe": "GPipe", "1f1b": "1F1B", "pipedream": "PipeDream"}
-    name = name.get(config["schedule"], config["schedule"])
-    if config["schedule"] != "pipedream":
-        keeps = "a flush before every update, so one weight version is enough"
-    elif config["vertical_sync"]:
-        keeps = "weight stashing with vertical sync"
-    else:
-        keeps = "weight stashing" if config["weight_stashing"] else "NO weight stashing"
+    name, keeps = schedule_name(config)
     one_by_one = num_stages == 1 or config["schedule"] == "naive"
     parallel = (
         "One GPU would work at a time" if one_by_one else f"All {gpus} would work in parallel"
@@ -1008,7 +1015,7 @@ def format_comparison(config: dict) -> str:
                 str(max(peak_in_flight(schedule))),
                 str(max(peak_versions(schedule))),
                 str(max(staleness(schedule, config["num_microbatches"]))),
-                str(mismatches(schedule)),
+                str(len(mismatches(schedule))),
             ]
         )
     return "\n".join([*format_table(table, gap=2), legend])

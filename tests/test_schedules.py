@@ -157,9 +157,9 @@ def test_a_flush_needs_one_version_whatever_the_switches_say(name):
 
 
 def test_without_stashing_backwards_meet_other_weights_and_with_it_never():
-    assert mismatches(make("pipedream", 4, 4, 5, weight_stashing=False)[1]) > 0
-    assert mismatches(make("pipedream", 4, 1, 5, weight_stashing=False)[1]) > 0
-    assert mismatches(make("pipedream", 1, 4, 5, weight_stashing=False)[1]) == 0
+    assert mismatches(make("pipedream", 4, 4, 5, weight_stashing=False)[1])
+    assert mismatches(make("pipedream", 4, 1, 5, weight_stashing=False)[1])
+    assert mismatches(make("pipedream", 1, 4, 5, weight_stashing=False)[1]) == []
 
 
 # ---------------------------------------------------------------- laws, over random configs
