@@ -400,7 +400,7 @@ def lifetimes(schedule: Schedule, events: list[Event]) -> list[Lifetime]:
         start = updates.get((stage, version - 1), 0)
         superseded = updates[stage, version]
         lives.append(Lifetime(device_of[stage], version, start, superseded, ended[last]))
-    return lives
+    return sorted(lives, key=lambda life: (life.device, life.start))
 
 
 def stale_reads(schedule: Schedule) -> list[Op]:
@@ -422,8 +422,11 @@ def draw_memory(
     num_rows = max(peak_versions(schedule))
     high = 0.28 / num_rows  # of a version's bar; versions alive at once lie in different rows
     newest, stashed, names = [], [], []
+    free_at = [[0] * num_rows for _ in schedule]  # of each row of each lane
     for device, version, start, superseded, end in lifetimes(schedule, events):
-        y = 0.5 + version % num_rows * high
+        row = next(row for row in range(num_rows) if free_at[device][row] <= start)
+        free_at[device][row] = end
+        y = 0.5 + row * high
         place = device, y + 0.1 * high, y + 0.9 * high
         newest.append((start, superseded, *place))
         names.append(f"v{version}")

@@ -4,10 +4,12 @@ Every figure is a median over several runs, and a ratio is the median of ratios 
 turns, so that it holds on a machine that is busy with other things. Nothing here is asserted.
 """
 
+import io
 import math
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from pipedream_simple import (  # noqa: E402
     simulate,
     train,
 )
+from pipedream_visual import PICTURES, house_style  # noqa: E402
 
 
 def seconds(call, *arguments) -> float:
@@ -54,6 +57,21 @@ def list_and_simulate(num_stages: int, num_microbatches: int) -> float:
     sizes = {"num_stages": num_stages, "num_microbatches": num_microbatches, "num_batches": 1}
     config = {**CONFIG, "schedule": "1f1b", **sizes}
     return seconds(lambda: simulate(build_schedule(config), config))
+
+
+def draw_timeline(num_stages: int, num_microbatches: int) -> tuple[float, int]:
+    """Seconds for one picture of GPipe of this size, from rows to PNG; and how many artists."""
+    sizes = {"num_stages": num_stages, "num_microbatches": num_microbatches}
+    config = {**CONFIG, **sizes, "batch_size": num_microbatches}
+
+    def draw():
+        with house_style():
+            figures.append(PICTURES["microbatch_forward"](config))
+            figures[-1].savefig(io.BytesIO())
+
+    figures = []
+    took = statistics.median(seconds(draw) for _ in range(3))
+    return took, len(figures[-1].findobj())
 
 
 def plain_loop(config: dict, cut: bool) -> float:
@@ -93,6 +111,17 @@ def main():
     default, imports = python("pipedream_simple.py"), python("-c", "import torch, numpy")
     print("\ndefault run / importing torch and numpy")
     print("  ", compare(default, imports, runs=7))
+
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = python("pipedream_visual.py", "--out", folder)
+        imports = python("-c", "import torch, matplotlib.pyplot")
+        print("\nthe five pictures / importing torch and matplotlib.pyplot")
+        print("  ", compare(pictures, imports, runs=7))
+
+    print("\na picture of one batch: stages x microbatches, seconds, matplotlib artists")
+    for num_stages, num_microbatches in ((4, 4), (8, 16), (16, 64), (16, 256)):
+        took, artists = draw_timeline(num_stages, num_microbatches)
+        print(f"   {num_stages:>2} x {num_microbatches:<3}  {took:6.2f} s  {artists:>5,}")
 
     print("\n1F1B listed and simulated: operations, seconds, microseconds an operation")
     for num_stages, num_microbatches in ((4, 125), (8, 1024), (32, 1024), (64, 4096)):

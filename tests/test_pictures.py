@@ -1,0 +1,722 @@
+"""The pictures show the simulated run: bars, labels, titles, strips; and how they are saved."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+import pipedream_visual
+from pipedream_simple import (
+    CONFIG,
+    Op,
+    build_schedule,
+    run_main,
+    simulate,
+    train,
+)
+from pipedream_visual import (
+    HUES,
+    PICTURES,
+    colors,
+    house_style,
+    lifetimes,
+    main,
+    make_movie,
+    stale_reads,
+)
+
+ROOT = Path(__file__).parent.parent
+SIZES = {
+    "default": {},
+    "2 x 2": {"num_stages": 2, "num_microbatches": 2},
+    "8 x 16": {"num_stages": 8, "num_microbatches": 16},
+    "16 x 64": {"num_stages": 16, "num_microbatches": 64, "batch_size": 64, "num_batches": 3},
+    "1 stage": {"num_stages": 1},
+    "1 microbatch": {"num_microbatches": 1, "num_batches": 8},
+    "1 batch": {"num_batches": 1},
+    "M < S": {"num_stages": 6, "num_microbatches": 2},
+    "uneven": {"num_stages": 3, "forward_time": [1, 2, 0.5], "backward_time": 2, "comm_time": 0.25},
+    "no stashing": {"num_microbatches": 1, "num_batches": 8, "weight_stashing": False},
+    "vertical sync": {"num_microbatches": 2, "vertical_sync": True},
+    "flush": {"schedule": "gpipe", "backward_time": 2},
+    "tiny times": {"forward_time": 1e-9, "backward_time": 3e-9},
+    "huge times": {"forward_time": 1e12, "backward_time": 1e12},
+}
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """figures(size) -> {name: figure}, drawn once."""
+    drawn = {}
+
+    def get(size):
+        if size not in drawn:
+            config = {**CONFIG, **SIZES[size]}
+            with house_style():
+                drawn[size] = {name: draw(config) for name, draw in PICTURES.items()}
+                for figure in drawn[size].values():
+                    figure.canvas.draw()
+        return drawn[size]
+
+    return get
+
+
+def collections(axes, gid):
+    return [c for c in axes.collections if c.get_gid() == gid]
+
+
+def boxes(collection):
+    """(start, end, y of its upper edge, y of its lower edge) of every bar."""
+    corners = [path.vertices for path in collection.get_paths()]
+    return [
+        (*(float(x) for x in (v[:, 0].min(), v[:, 0].max())), v[:, 1].min(), v[:, 1].max())
+        for v in corners
+    ]
+
+
+def bars(axes):
+    """{(device, start, end): fill} of the ops on the lanes."""
+    (ops,) = collections(axes, "ops")
+    places = [(int(top), start, end) for start, end, top, _ in boxes(ops)]
+    assert len(set(places)) == len(places)
+    return dict(zip(places, map(tuple, ops.get_facecolor()[:, :3]), strict=True))
+
+
+def expected_bars(events):
+    return {(e.device, e.start, e.end): e.op for e in events if e.op.kind != "U"}
+
+
+def run_of(size, **settings):
+    config = {**CONFIG, **SIZES[size], **settings}
+    schedule = build_schedule(config)
+    return config, schedule, simulate(schedule, config)
+
+
+# ----------------------------------------------------------------------------- what is drawn
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_bars_of_a_batch_are_the_simulated_events_each_in_its_colour(figures, size):
+    for name, schedule, faded in (
+        ("naive_pipeline", "naive", ""),
+        ("microbatch_forward", "gpipe", "B"),
+        ("microbatch_backward", "gpipe", "F"),
+    ):
+        _, _, events = run_of(size, schedule=schedule, num_batches=1)
+        drawn, expected = bars(figures(size)[name].axes[0]), expected_bars(events)
+        assert set(drawn) == set(expected)
+        for place, op in expected.items():
+            fill = to_rgb("white") if op.kind == faded else colors(op)[0]
+            assert drawn[place] == pytest.approx(fill)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_bars_of_the_versions_picture_are_both_runs_up_to_one_time(figures, size):
+    axes = figures(size)["weight_versioning"].axes
+    assert axes[0].get_xlim() == axes[1].get_xlim()
+    until = axes[0].get_xlim()[1]
+    other = "pipedream" if SIZES[size].get("schedule") == "gpipe" else "1f1b"
+    for place, settings in zip(
+        axes, ({}, {"schedule": other, "weight_stashing": True}), strict=True
+    ):
+        _, _, events = run_of(size, **settings)
+        expected = expected_bars(event for event in events if event.start < until)
+        drawn = bars(place)
+        assert set(drawn) == set(expected)
+        for where, op in expected.items():
+            assert drawn[where] == pytest.approx(colors(op)[0])
+        if settings == {}:  # up to there the first three batches are done
+            assert until == max(e.end for e in events if e.op.kind == "U" and e.op.version < 3)
+
+
+def test_the_default_waves_stand_where_the_closed_form_puts_them(figures):
+    stages, count = 4, 4
+    forward = {(s, s + m, s + m + 1) for s in range(stages) for m in range(count)}
+    turn = stages + count - 1
+    backward = {
+        (s, turn + stages - 1 - s + m, turn + stages - s + m)
+        for s in range(stages)
+        for m in range(count)
+    }
+    for name, dark in (("microbatch_forward", forward), ("microbatch_backward", backward)):
+        drawn = bars(figures("default")[name].axes[0])
+        assert set(drawn) == forward | backward
+        assert {place for place, fill in drawn.items() if fill != (1, 1, 1)} == dark
+
+
+def labels_in(axes, gid):
+    """{text in the middle of a bar: the bar}, for the bars of a collection."""
+    texts = {
+        (round(t.get_position()[0], 6), int(t.get_position()[1])): t.get_text()
+        for t in axes.texts
+        if t.get_text()[0] in "FB"
+    }
+    (ops,) = collections(axes, gid)
+    found = {}
+    edge = axes.get_xlim()[1]
+    for start, end, top, _ in boxes(ops):
+        found[int(top), start, end] = texts.get((round((start + min(end, edge)) / 2, 6), int(top)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "size", ["default", "2 x 2", "8 x 16", "M < S", "no stashing", "flush", "uneven"]
+)
+def test_every_bar_is_labelled_with_its_op_and_in_the_fourth_picture_with_its_version(
+    figures, size
+):
+    _, _, events = run_of(size, schedule="naive", num_batches=1)
+    found = labels_in(figures(size)["naive_pipeline"].axes[0], "ops")
+    if size == "8 x 16":  # 256 slots: labels give way
+        assert set(found.values()) == {None}
+    else:
+        assert found == {p: f"{op.kind}{op.microbatch}" for p, op in expected_bars(events).items()}
+    axes = figures(size)["weight_versioning"].axes[0]
+    _, _, events = run_of(size)
+    expected = expected_bars(event for event in events if event.start < axes.get_xlim()[1])
+    found = labels_in(axes, "ops")
+    for place, op in expected.items():
+        label = f"{op.kind}{op.microbatch}\nv{op.version}"
+        assert found[place] == label or (place[2] > axes.get_xlim()[1] and found[place] is None)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_no_label_is_wider_or_higher_than_its_bar(figures, size):
+    for figure in figures(size).values():
+        for axes in figure.axes:
+            for ops in collections(axes, "ops"):
+                spaces = [
+                    axes.transData.transform([[x, top], [end, bottom]])
+                    for x, end, top, bottom in boxes(ops)
+                ]
+                for text in axes.texts:
+                    if re.match(r"[FB]\d+(\nv\d+)?$", text.get_text()):
+                        box = text.get_window_extent()
+                        x, y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
+                        (left, upper), (right, lower) = next(
+                            s for s in spaces if s[0][0] <= x <= s[1][0] and s[1][1] <= y <= s[0][1]
+                        )
+                        assert left <= box.x0 <= box.x1 <= right
+                        assert lower <= box.y0 <= box.y1 <= upper
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_strip_counts_the_gpus_that_work(figures, size):
+    for name, schedule, kinds in (
+        ("naive_pipeline", "naive", "FB"),
+        ("microbatch_forward", "gpipe", "F"),
+        ("microbatch_backward", "gpipe", "B"),
+    ):
+        config, _, events = run_of(size, schedule=schedule, num_batches=1)
+        wave = [event for event in events if event.op.kind in kinds]
+        (strip,) = collections(figures(size)[name].axes[1], "at work")
+        steps = boxes(strip)
+        times = sorted({t for event in wave for t in (event.start, event.end)})
+        for start, end in itertools.pairwise(times):
+            middle = (start + end) / 2
+            if end - start < 1e-9 * times[-1]:
+                continue  # rounding
+            counted = sum(event.start < middle < event.end for event in wave)
+            drawn = [height for left, right, _, height in steps if left < middle < right]
+            assert drawn == [counted]
+        dark = [bool(fill[0] < 0.5) for fill in strip.get_facecolor()]
+        assert dark == [height == config["num_stages"] for *_, height in steps]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_memory_strips_hold_what_the_trainer_held(size):
+    """The trainer counts live weight dicts and microbatches; the strips come from the rows."""
+    config, schedule, events = run_of(size)
+    held = {}  # op -> (versions, microbatches in flight) on its stage, after it
+
+    def watch(op, worker):
+        held[op] = len(worker.versions), len(worker.in_flight)
+
+    small = {"hidden_size": 4, "layers_per_stage": 1, "device": "cpu"}
+    train({**config, **small}, watch=watch)
+    ended = {event.op: event.end for event in events}
+    lives = lifetimes(schedule, events)
+    at = pipedream_visual.held_at(schedule, events)
+    checked = 0
+    for device, row in enumerate(schedule):
+        mine = [life for life in lives if life.device == device]
+        for op, following in itertools.pairwise(row):
+            if ended[following] > ended[op]:
+                middle = (ended[op] + ended[following]) / 2
+                versions = sum(life.start < middle < life.end for life in mine)
+                assert versions == held[op][0]
+                names, in_flight = at(middle)[device]
+                assert (len(names.split()), int(in_flight)) == held[op]
+                stashed = sum(life.superseded < middle < life.end for life in mine)
+                assert stashed == versions - 1  # exactly one is the newest
+                checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_drawn_versions_are_their_lifetimes(figures, size):
+    for axes, settings in zip(
+        figures(size)["weight_versioning"].axes,
+        ({}, {"schedule": "pipedream" if size == "flush" else "1f1b", "weight_stashing": True}),
+        strict=True,
+    ):
+        _, schedule, events = run_of(size, **settings)
+        lives = lifetimes(schedule, events)
+        newest = [(x, end, int(top)) for x, end, top, _ in boxes(collections(axes, "newest")[0])]
+        stashed = [(x, end, int(top)) for x, end, top, _ in boxes(collections(axes, "stashed")[0])]
+        assert newest == [(life.start, life.superseded, life.device) for life in lives]
+        assert stashed == [
+            (life.superseded, life.end, life.device) for life in lives if life.end > life.superseded
+        ]
+        drawn = [box for gid in ("newest", "stashed") for box in boxes(collections(axes, gid)[0])]
+        for a, b in itertools.combinations(drawn, 2):  # versions never lie on one another
+            apart = a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2]
+            assert apart
+
+
+def test_the_outlined_ops_read_an_old_version_and_the_crossed_ones_the_wrong_one(figures):
+    stashed = figures("default")["weight_versioning"].axes[0]
+    _, schedule, events = run_of("default")
+    (outlined,) = collections(stashed, "reads a stashed version")
+    update = {(e.op.stage, e.op.version): e.end for e in events if e.op.kind == "U"}
+    until = stashed.get_xlim()[1]
+    old = {
+        (e.device, e.start)
+        for e in events
+        if e.op.kind in "FB" and e.start < until and update[e.op.stage, e.op.version] <= e.start
+    }
+    assert {(int(top), round(x)) for x, _, top, _ in boxes(outlined)} == old
+    assert not collections(stashed, "reads other weights than its forward did")
+    assert {op.version for op in stale_reads(schedule)} == {0, 1, 2, 3}
+
+    unstashed = figures("no stashing")["weight_versioning"].axes[0]
+    _, _, events = run_of("no stashing")
+    (crossed,) = collections(unstashed, "reads other weights than its forward did")
+    read = {(e.op.stage, e.op.kind, e.op.microbatch): e.op.version for e in events}
+    wrong = {
+        (e.device, e.start)
+        for e in events
+        if e.op.kind == "B"
+        and e.start < unstashed.get_xlim()[1]
+        and read[e.op.stage, "F", e.op.microbatch] != e.op.version
+    }
+    assert {(int(top), round(x)) for x, _, top, _ in boxes(crossed)} == wrong
+    assert not collections(unstashed, "reads a stashed version")
+
+
+def test_a_flush_draws_one_version_and_nothing_stashed(figures):
+    axes = figures("default")["weight_versioning"].axes[1]
+    assert boxes(collections(axes, "stashed")[0]) == []
+    assert [t.get_text() for t in axes.texts if "max" in t.get_text()][::2] == ["max 1"] * 4
+
+
+# ------------------------------------------------------------------------- what the titles say
+
+
+def title(figure):
+    return figure.texts[0].get_text()
+
+
+def said(figure):
+    return " ".join(text.get_text() for text in figure.texts)
+
+
+@pytest.mark.parametrize(
+    ("stages", "count", "batches"), [(4, 4, 5), (4, 9, 3), (2, 2, 5), (3, 8, 2), (6, 2, 4)]
+)
+def test_the_figures_in_the_titles_are_those_of_the_closed_forms(stages, count, batches):
+    sizes = {"num_stages": stages, "num_microbatches": count, "num_batches": batches}
+    config = {**CONFIG, **sizes, "batch_size": count}
+    with house_style():
+        drawn = {name: draw(config) for name, draw in PICTURES.items()}
+    flush = count / (count + stages - 1)
+    stream = count * batches / (count * batches + stages - 1)
+    assert f"1 of {stages} GPUs at work, {1 / stages:.1%} utilization" in title(
+        drawn["naive_pipeline"]
+    )
+    assert f"takes {2 * count * stages} time units; {1 - 1 / stages:.1%}" in said(
+        drawn["naive_pipeline"]
+    )
+    assert f"{flush:.1%} of the GPU time" in said(drawn["microbatch_forward"])
+    assert f"{2 * (count + stages - 1)} time units at {flush:.1%}" in said(
+        drawn["microbatch_backward"]
+    )
+    if count >= stages:
+        first, last = stages - 1, count
+        assert f"all {stages} GPUs at work from t{first} to t{last}" in title(
+            drawn["microbatch_forward"]
+        )
+        turn = count + stages - 1
+        assert f"from t{turn + first} to t{turn + last}" in title(drawn["microbatch_backward"])
+    else:
+        assert f"{count} of {stages} GPUs" in title(drawn["microbatch_forward"])
+    versions = said(drawn["weight_versioning"])
+    assert f"{2 * (count * batches + stages - 1)} time units at {stream:.1%}" in versions
+    assert f"{2 * batches * (count + stages - 1)} time units at {flush:.1%}" in versions
+    expected = f"GPU utilization: {1 / stages:.1%} → {flush:.1%} → {stream:.1%}"
+    assert title(drawn["utilization_comparison"]) == expected
+
+
+def test_nine_microbatches_and_three_batches_show_the_often_quoted_figures():
+    config = {**CONFIG, "num_microbatches": 9, "num_batches": 3, "batch_size": 36}
+    figure = PICTURES["utilization_comparison"](config)
+    assert title(figure) == "GPU utilization: 25.0% → 75.0% → 90.0%"
+    legend = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert [entry[:14] for entry in legend[1:]] == [
+        "n = 1: 25.0%  ",
+        "n = 9: 75.0%  ",
+        "n = 27: 90.0% ",
+    ]
+    assert "often quoted as 75%" in legend[2]
+    assert "often quoted as 90%" in legend[3]
+
+
+def test_the_marks_lie_on_the_formula_and_the_bars_are_the_marks(figures):
+    bars_axes, curve = figures("default")["utilization_comparison"].axes
+    heights = [patch.get_height() for patch in bars_axes.patches[:3]]
+    assert heights == pytest.approx([1 / 4, 4 / 7, 20 / 23])
+    assert [p.get_height() for p in bars_axes.patches[3:]] == pytest.approx([3 / 4, 3 / 7, 3 / 23])
+    line = curve.lines[0]
+    assert line.get_ydata() == pytest.approx(line.get_xdata() / (line.get_xdata() + 3))
+    marks = {
+        line.get_xdata()[0]: line.get_ydata()[0]
+        for line in curve.lines
+        if line.get_marker() != "None"
+    }
+    assert marks == pytest.approx({1: 1 / 4, 4: 4 / 7, 9: 3 / 4, 20: 20 / 23, 27: 9 / 10})
+    assert "All of them are one formula" in said(curve.figure)
+    off = figures("uneven")["utilization_comparison"]
+    assert "All of them are one formula" not in said(off)
+
+
+def test_the_example_of_the_fourth_picture_is_true(figures):
+    figure = figures("default")["weight_versioning"]
+    found = re.search(
+        r"On GPU(\d+), F(\d+) read v(\d+); v(\d+) comes at t(\d+); B(\d+) reads v(\d+) again.*"
+        r"v(\d+) is kept until t(\d+)",
+        said(figure),
+    )
+    gpu, forward, read, newer, made, backward, again, kept, until = map(int, found.groups())
+    run = train(CONFIG)
+    assert forward == backward
+    assert run.versions_read[gpu, "F", forward] == read == again == kept
+    assert run.versions_read[gpu, "B", forward] == read
+    _, _, events = run_of("default")
+    at = {str(e.op): e for e in events if e.device == gpu}
+    assert newer == read + 1
+    assert at[f"{gpu}F{forward}"].start < made <= at[f"{gpu}B{forward}"].start
+    assert made in [e.end for e in events if e.op[:2] == (gpu, "U") and e.op.version == read]
+    assert until == max(e.end for e in events if e.op.stage == gpu and e.op.version == kept)
+    (bracket,) = [t.get_text() for t in figure.axes[0].texts if "did" in t.get_text()]
+    assert bracket == f"B{backward} reads v{read}, as F{forward} did"
+
+
+# ------------------------------------------------------------------------------------ the look
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_text_lies_on_the_sheet_and_the_legend_beside_the_data(figures, size):
+    for name, figure in figures(size).items():
+        assert figure.bbox.width < 4000
+        assert figure.bbox.height < 4000
+        lanes = [axes.get_window_extent() for axes in figure.axes]
+        texts = [*figure.texts, *(t for axes in figure.axes for t in axes.texts)]
+        for axes in figure.axes:
+            for axis, (low, high) in (
+                (axes.xaxis, sorted(axes.get_xlim())),
+                (axes.yaxis, sorted(axes.get_ylim())),
+            ):
+                ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+                texts += [label for place, label in ticks if low <= place <= high]
+        for text in texts:
+            box = text.get_window_extent()
+            if text.get_text() and text.get_visible():
+                assert box.x0 >= 0, (name, text)
+                assert box.x1 <= figure.bbox.width, (name, text)
+                assert box.y0 >= 0, (name, text)
+                assert box.y1 <= figure.bbox.height, (name, text)
+        legends = figure.legends + [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+        assert len(legends) == 1
+        box = legends[0].get_window_extent()
+        assert box.x1 <= figure.bbox.width
+        assert not any(box.overlaps(lane) for lane in lanes), name
+        heads = [text.get_window_extent() for text in figure.texts]
+        for a, b in itertools.combinations(heads, 2):
+            assert not a.overlaps(b), (name, a, b)
+        assert not any(head.overlaps(lane) for head in heads for lane in lanes), name
+
+
+def test_the_legends_list_what_is_drawn_and_nothing_else(figures):
+    def entries(size, name):
+        return " | ".join(t.get_text() for t in figures(size)[name].legends[0].get_texts())
+
+    assert "backward of" not in entries("default", "microbatch_forward")
+    assert "forward of" not in entries("default", "microbatch_backward")
+    assert "all GPUs" in entries("default", "microbatch_forward")
+    assert "all GPUs" not in entries("M < S", "microbatch_forward")
+    assert "stashed version" in entries("default", "weight_versioning")
+    assert "other weights" not in entries("default", "weight_versioning")
+    assert "stashed version" not in entries("no stashing", "weight_versioning")
+    assert "other weights" in entries("no stashing", "weight_versioning")
+    assert "activations" not in entries("1 stage", "naive_pipeline")
+    assert "idle" not in entries("1 stage", "naive_pipeline")
+    assert "idle" in entries("default", "naive_pipeline")
+
+
+def linear(color):
+    c = np.array(to_rgb(color))
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def test_labels_can_be_read_and_neighbours_told_apart_by_colour_blind_eyes():
+    """Contrast as in WCAG 2; colour vision deficiency after Machado et al. 2009, table 1."""
+
+    def luminance(color):
+        return float(linear(color) @ [0.2126, 0.7152, 0.0722])
+
+    for m in range(len(HUES)):
+        for kind in "FB":
+            fill, ink = colors(Op(0, kind, m, 0))
+            light, dark = sorted([luminance(fill), luminance(ink)], reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5  # for text
+        forward, backward = (luminance(colors(Op(0, kind, m, 0))[0]) for kind in "FB")
+        assert (backward + 0.05) / (forward + 0.05) >= 3  # dark and light, without any hue
+
+    def lab(rgb):
+        xyz = np.array(
+            [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+        )
+        x, y, z = np.cbrt(xyz @ rgb / [0.9505, 1, 1.089])
+        return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+    eyes = {
+        "normal": np.eye(3),
+        "protan": [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ],
+        "deutan": [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ],
+        "tritan": [
+            [1.255528, -0.076749, -0.178779],
+            [-0.078411, 0.930809, 0.147602],
+            [0.004733, 0.691367, 0.303900],
+        ],
+    }
+    for matrix in eyes.values():
+        seen = [lab(np.clip(np.array(matrix) @ linear(hue), 0, 1)) for hue in HUES]
+        for a, b in zip(seen, [*seen[1:], seen[0]], strict=True):
+            assert np.linalg.norm(a - b) > 20  # 1 is a difference that one just sees
+
+
+def test_the_number_of_artists_does_not_grow_with_the_number_of_ops():
+    def count(num_microbatches):
+        sizes = {"num_microbatches": num_microbatches, "batch_size": num_microbatches}
+        with house_style():
+            figure = PICTURES["microbatch_forward"]({**CONFIG, "num_stages": 16, **sizes})
+        return len(figure.findobj()) - len(figure.axes[0].xaxis.get_ticklabels()) * 20
+
+    assert count(512) <= count(256) + 100
+
+
+# ----------------------------------------------------------------------------- how it is saved
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Run the program in this process: program("--flag value") -> (status, stdout, stderr)."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["pipedream_visual.py", *map(str, flags)])
+        status = run_main(main)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_without_a_display_and_without_a_warning_five_pictures_come_into_the_current_folder(
+    tmp_path,
+):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "MPLBACKEND": "TkAgg"}
+    environment.pop("DISPLAY", None)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "pipedream_visual.py"), "--num_stages", "2"],
+        cwd=tmp_path, env=environment, capture_output=True, timeout=120, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(os.listdir(tmp_path)) == sorted(f"{name}.png" for name in PICTURES)
+    assert done.stdout.splitlines()[::2] == [f"{name}.png" for name in PICTURES]
+    assert "GPU utilization: 50.0% -> 80.0% -> 95.2%" in done.stdout
+    for name in PICTURES:
+        with Image.open(tmp_path / f"{name}.png") as image:
+            image.load()
+            assert image.text["Title"].replace("→", "->") in done.stdout
+
+
+def test_out_makes_the_folder_and_quiet_only_names_the_files(tmp_path, program):
+    folder = tmp_path / "a" / "b"
+    status, out, err = program("--out", folder, "--num_stages", 2, "--verbose", "False")
+    assert (status, err) == (0, "")
+    assert out.split() == [str(folder / f"{name}.png") for name in PICTURES]
+    assert sorted(os.listdir(folder)) == sorted(f"{name}.png" for name in PICTURES)
+
+
+@pytest.mark.parametrize("bad", [["--num_stages", 0], ["--out"], ["--outt", "x"], ["--animate=1"]])
+def test_bad_flags_get_one_line_and_make_no_folder(tmp_path, program, monkeypatch, bad):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = program("--out", "new", *bad)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_or_written_gets_one_line(tmp_path, program):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dir" / "naive_pipeline.png").mkdir(parents=True)
+    for folder in (
+        tmp_path / "file",
+        tmp_path / "file" / "x",
+        tmp_path / "dir",
+        tmp_path / ("x" * 300),
+    ):
+        status, out, err = program("--out", folder)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert str(folder) in err
+    assert (tmp_path / "file").read_text() == "mine"
+    assert os.listdir(tmp_path / "dir") == ["naive_pipeline.png"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_interrupted_or_on_a_full_disk_the_old_picture_stays_whole(
+    tmp_path, program, monkeypatch, error
+):
+    def fails_half_way(figure, path, **settings):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    (tmp_path / "naive_pipeline.png").write_bytes(b"old")
+    monkeypatch.setattr(pipedream_visual.Figure, "savefig", fails_half_way)
+    status, _, err = program("--out", tmp_path)
+    assert (status, err.count("\n")) == (2 if isinstance(error, OSError) else 130, 1)
+    assert os.listdir(tmp_path) == ["naive_pipeline.png"]
+    assert (tmp_path / "naive_pipeline.png").read_bytes() == b"old"
+
+
+def test_importing_has_no_effect_and_own_settings_do_not_reach_the_pictures():
+    import matplotlib
+
+    with matplotlib.rc_context({"axes.facecolor": "black", "text.usetex": True}):
+        with house_style():
+            assert matplotlib.rcParams["axes.facecolor"] == "white"
+            assert not matplotlib.rcParams["text.usetex"]
+        assert matplotlib.rcParams["axes.facecolor"] == "black"
+
+
+# ------------------------------------------------------------------------ the committed pictures
+
+
+def pixels(axes, image, points):
+    """The colours of an image at points of axes, the image having any resolution."""
+    figure = axes.figure
+    xy = axes.transData.transform(points) / (figure.bbox.width, figure.bbox.height)
+    array = np.asarray(image.convert("RGB"), dtype=float) / 255
+    height, width, _ = array.shape
+    return [array[round((1 - y) * height - 0.5), round(x * width - 0.5)] for x, y in xy]
+
+
+def near_corner(axes):
+    """For every op and version, a point in its bar where no label reaches, and its fill."""
+    drawn = [*collections(axes, "ops"), *collections(axes, "newest")]
+    return [
+        ((start + 0.13 * (end - start), top + 0.8 * (bottom - top)), fill[:3])
+        for bars in drawn
+        for (start, end, top, bottom), fill in zip(
+            boxes(bars), itertools.cycle(bars.get_facecolor()), strict=False
+        )
+        if end <= axes.get_xlim()[1]
+    ]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_committed_picture_shows_the_default_run(figures, name):
+    figure = figures("default")[name]
+    with Image.open(ROOT / "images" / f"{name}.png") as image:
+        assert image.size == tuple(round(x) for x in figure.bbox.size)
+        texts = [text.get_text() for text in figure.texts]
+        assert [image.text["Title"], image.text["Description"]] == [texts[0], " ".join(texts[1:])]
+        for axes in figure.axes:
+            if collections(axes, "ops"):
+                points, fills = zip(*near_corner(axes), strict=True)
+                found = pixels(axes, image, points)
+                assert np.abs(np.array(found) - np.array(fills)).max() < 0.02
+        if name == "utilization_comparison":
+            columns = [(x, part) for x in range(3) for part in (0.02, 0.98)]
+            assert (np.array(pixels(figure.axes[0], image, columns))[::2] == to_rgb(HUES[0])).all()
+            tops = [p.get_height() for p in figure.axes[0].patches[:3]]
+            edges = [(x - 0.3, y + d) for x, y in enumerate(tops) for d in (-0.01, 0.01)]
+            below_above = np.array(pixels(figure.axes[0], image, edges))
+            assert np.abs(below_above[::2] - to_rgb(HUES[0])).max() < 0.02
+            assert (below_above[1::2] > 0.9).all()
+
+
+def test_the_committed_animation_plays_the_default_run_slot_by_slot():
+    path = ROOT / "images" / "pipeline.gif"
+    assert path.stat().st_size < 1_000_000
+    with house_style():
+        figure, times, _ = make_movie(CONFIG)
+    axes = figure.axes[0]
+    assert times == list(range(47))
+    with Image.open(path) as movie:
+        assert movie.n_frames == len(times)
+        for time in (0, 7, 15, 22, 46):
+            movie.seek(time)
+            shown, fills = [], []
+            for point, fill in near_corner(axes):
+                if abs(point[0] - time) < 0.2:
+                    continue  # under the cursor
+                shown.append(point)
+                fills.append(fill if point[0] < time else to_rgb("white"))
+            found = np.array(pixels(axes, movie, shown))
+            assert np.abs(found - np.array(fills)).max() < 0.08  # one palette of 128 colours
+
+
+def test_the_animation_counts_the_versions_up():
+    with house_style():
+        figure, times, show = make_movie(CONFIG)
+    versions = []
+    for time in times:
+        show(time)
+        beside = [
+            t.get_text()
+            for t in figure.axes[0].texts
+            if t.get_position()[0] > 1
+            and t.get_transform() != figure.axes[0].transData
+            and "v" in t.get_text()
+        ]
+        versions.append(beside)
+    assert versions[0] == ["v0"] * 4
+    assert versions[15] == ["v0 v1", "v0 v1", "v0 v1", "v1"]
+    assert "5 of 5 batches are done" in figure.texts[1].get_text()
+    show(22)
+    assert figure.texts[1].get_text() == "t22: 2 of 5 batches are done"
+
+
+def test_a_movie_can_be_written(tmp_path, program):
+    flags = ["--num_stages", 2, "--num_microbatches", 1, "--num_batches", 2]
+    status, out, err = program("--animate", "--out", tmp_path, *flags)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-2] == str(tmp_path / "pipeline.gif")
+    with Image.open(tmp_path / "pipeline.gif") as movie:
+        assert movie.format == "GIF"
+        assert movie.n_frames == 7
+    assert not [name for name in os.listdir(tmp_path) if "part" in name]
