@@ -1,0 +1,288 @@
+"""Measure, and write TEST_RESULTS.md: python tests/write_results.py
+
+Every section is a function that runs the program and returns text. The tests run them again and
+compare with what the file says, all but what belongs to the machine: versions and speeds.
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import io
+import math
+import os
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import benchmark  # noqa: E402
+from reference import delayed_sgd  # noqa: E402
+
+from pipedream_simple import (  # noqa: E402
+    CONFIG,
+    SCHEDULES,
+    GradientAudit,
+    Run,
+    build_schedule,
+    format_batch,
+    format_comparison,
+    format_loss,
+    format_timeline,
+    makespan,
+    mismatches,
+    peak_in_flight,
+    schedule_name,
+    simulate,
+    staleness,
+    train,
+    utilization,
+)
+from pipedream_visual import in_a_row  # noqa: E402
+
+CPU = {**CONFIG, "device": "cpu"}
+SEEDS = range(5)
+SIZES = [(2, 2, 5), (4, 4, 5), (4, 8, 5), (4, 9, 3), (8, 4, 5), (8, 32, 2)]  # S, M, N
+VARIANTS = [
+    *({"schedule": name} for name in SCHEDULES),
+    {"vertical_sync": True},
+    {"weight_stashing": False},
+]
+UNSPLIT = [{"num_microbatches": 1}, {"num_microbatches": 1, "weight_stashing": False}]
+
+
+def table(*rows: list) -> str:
+    """A Markdown table; the first row is the heading."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def fenced(text: str) -> str:
+    return f"```\n{text}\n```"
+
+
+def name_of(config: dict) -> str:
+    name, keeps = schedule_name(config)
+    return f"{name}, {keeps}" if config["schedule"] == "pipedream" else name
+
+
+# ------------------------------------------------------------------------------- the sections
+
+
+def default_run() -> str:
+    """## The default run
+
+    `python pipedream_simple.py`: 4 stages, 4 microbatches, 5 batches, PipeDream with weight
+    stashing. The timeline, then the versions that the second batch read, then the losses.
+    """
+    events = simulate(build_schedule(CPU), CPU)
+    told = []
+
+    def on_batch(batch: int, run: Run) -> None:
+        if batch == 1:
+            told.append(format_batch(batch, run, CPU, events, {}))
+
+    run = train(CPU, on_batch=on_batch)
+    losses = "\n".join(format_loss(batch, run) for batch in range(CPU["num_batches"]))
+    return "\n\n".join(map(fenced, [format_timeline(events), *told, losses]))
+
+
+def utilization_against_formula() -> str:
+    """## Utilization, simulated and from the closed form
+
+    The closed form is n / (n + S - 1) for n microbatches in a row: n is 1 for naive, M for GPipe
+    and 1F1B, M * N for PipeDream. S stages, M microbatches a batch, N batches.
+    """
+    rows, largest = [], 0
+    for stages, count, batches in SIZES:
+        sizes = {"num_stages": stages, "num_microbatches": count, "num_batches": batches}
+        row = [stages, count, batches]
+        in_a_rows = {"naive": 1, "gpipe": count, "1f1b": count, "pipedream": count * batches}
+        for name, n in in_a_rows.items():
+            config = {**CPU, **sizes, "schedule": name}
+            simulated = utilization(simulate(build_schedule(config), config))
+            formula = in_a_row(n, stages)
+            largest = max(largest, abs(simulated - formula))
+            row.append(f"{simulated:.1%} = {formula:.1%}")
+        rows.append(row)
+    heads = [schedule_name({**CPU, "schedule": name})[0] for name in in_a_rows]
+    found = f"The largest difference is {largest:.1g}."
+    return table(["S", "M", "N", *heads], *rows) + "\n\n" + found
+
+
+def schedules() -> str:
+    """## The schedules at the default size
+
+    As `python pipedream_simple.py` compares them, and GPU by GPU. Bubble: the idle part of all GPU
+    time. In flight and staleness: for GPU0, GPU1, GPU2, GPU3; versions are counted while training.
+    """
+    rows = []
+    for settings in VARIANTS:
+        config = {**CPU, **settings}
+        schedule = build_schedule(config)
+        events = simulate(schedule, config)
+        lists = (
+            peak_in_flight(schedule),
+            train(config).peak_versions,
+            staleness(schedule, config["num_microbatches"]),
+        )
+        rows.append(
+            [
+                name_of(config),
+                f"{makespan(events):.10g}",
+                f"{1 - utilization(events):.1%}",
+                *(" ".join(map(str, numbers)) for numbers in lists),
+            ]
+        )
+    heads = ["schedule", "makespan", "bubble", "in flight", "versions", "staleness"]
+    return fenced(format_comparison(CPU)) + "\n\n" + table(heads, *rows)
+
+
+def learning() -> str:
+    """## After 200 batches
+
+    `--num_batches 200 --seed 0` to `4`: mean (lowest to highest). Loss: of the last 20 batches;
+    accuracy: on the fifth of the digits that was held out. With M = 1 the staleness is 3, 2, 1, 0.
+    """
+    rows = []
+    for settings in VARIANTS + UNSPLIT:
+        config = {**CPU, "num_batches": 200, **settings}
+        runs = [train({**config, "seed": seed}) for seed in SEEDS]
+        losses = [statistics.fmean(run.losses[-20:]) for run in runs]
+        right = [run.test_accuracy for run in runs]
+        rows.append(
+            [
+                name_of(config),
+                config["num_microbatches"],
+                f"{statistics.fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})",
+                f"{statistics.fmean(right):.1%} ({min(right):.1%} to {max(right):.1%})",
+            ]
+        )
+    return table(["schedule", "M", "loss", "accuracy"], *rows)
+
+
+def gradients() -> str:
+    """## Gradients without weight stashing
+
+    `--weight_stashing False`: backwards that read other weights than their forward, and how far the
+    gradient is from true backpropagation at the weights that the forward read, |difference| /
+    |true|, over all microbatches and stages. 20 batches.
+    """
+    rows = []
+    for microbatches in (4, 1):
+        for stashing in (False, True):
+            settings = {"num_microbatches": microbatches, "weight_stashing": stashing}
+            config = {**CPU, "num_batches": 20, **settings}
+            audit = GradientAudit(config)
+            train(config, watch=audit)
+            errors = audit.error.values()
+            rows.append(
+                [
+                    microbatches,
+                    stashing,
+                    f"{len(mismatches(build_schedule(config)))} of {len(errors)}",
+                    f"{statistics.fmean(errors):.1%}",
+                    f"{max(errors):.1%}",
+                ]
+            )
+    heads = ["M", "weight_stashing", "other weights", "mean error", "largest error"]
+    return table(heads, *rows)
+
+
+def differences() -> str:
+    """## Final weights, against training written down without a schedule
+
+    In float64, the largest difference of any weight after 9 batches. Plain SGD takes whole batches;
+    the recurrences are those of the papers. Weight stashing (SOSP 2019, section 3.3): stage s reads
+    version max(0, b - ceil((S - 1 - s) / M)) for batch b. Vertical sync with M = 4 is PipeDream-2BW
+    (ICML 2021, section 3.1).
+    """
+    rows = []
+    for count in (1, 4):
+        behind = math.ceil(3 / count)
+        for settings, reference, delay in (
+            *(({"schedule": name}, "plain SGD", 0) for name in ("naive", "gpipe", "1f1b")),
+            ({}, "recurrence of weight stashing", None),
+            ({"vertical_sync": True}, f"W(t+1) = W(t) - lr * grad f(W(t-{behind}))", behind),
+        ):
+            config = {**CPU, "num_batches": 9, "num_microbatches": count, **settings}
+            _, weights = delayed_sgd(
+                config,
+                lambda s, count=count, delay=delay: (
+                    math.ceil((3 - s) / count) if delay is None else delay
+                ),
+            )
+            largest = max(
+                (ours[name] - theirs[name]).abs().max().item()
+                for ours, theirs in zip(train(config, torch.float64).weights, weights, strict=True)
+                for name in ours
+            )
+            rows.append([name_of(config), count, reference, f"{largest:.1e}"])
+    return table(["schedule", "M", "against", "largest difference"], *rows)
+
+
+def speed() -> str:
+    """## Speed
+
+    `python tests/benchmark.py`, ratios of runs that took turns on the machine named above.
+    """
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        benchmark.main()
+    return fenced(out.getvalue().strip())
+
+
+LIMITS = """\
+## What this does not show
+
+- No GPU was used, and nothing was sent between processes. Times of the schedules are simulated;
+  only the section on speed has a clock in it.
+- The network is small and the data easy. That PipeDream's stale gradients learn as well as fresh
+  ones here says nothing about large models, other optimizers or other learning rates.
+- Without weight stashing the losses and the accuracy do not get worse here. The gradients are wrong
+  all the same; how much that costs elsewhere is not measured.
+- Five seeds give a spread, not a proof: differences between schedules that are smaller than the
+  spread mean nothing."""
+
+REPEATABLE = [default_run, utilization_against_formula, schedules, learning, gradients, differences]
+
+
+def section(function) -> str:
+    """What the function's docstring says, then what it measured."""
+    lines = [line.strip() for line in function.__doc__.strip().splitlines()]
+    return "\n".join(lines) + "\n\n" + function()
+
+
+def machine() -> str:
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "matplotlib")
+    )
+    return (
+        f"Python {platform.python_version()}, {versions}; {platform.system()} on "
+        f"{platform.machine()}, {os.cpu_count()} cores, no GPU used; {datetime.date.today()}."
+    )
+
+
+HEAD = """\
+# Test results
+
+Written by `python tests/write_results.py`, which runs everything below; nothing here is typed by
+hand. `python -m pytest` runs it again and compares."""
+
+
+def main() -> None:
+    parts = [HEAD, machine(), section(speed), LIMITS]
+    torch.set_num_threads(1)  # as the tests do: the matrices are small
+    parts[2:2] = map(section, REPEATABLE)
+    part = ROOT / "TEST_RESULTS.md.part"
+    part.write_text("\n\n".join(parts) + "\n", "utf-8")
+    part.replace(ROOT / "TEST_RESULTS.md")
+
+
+if __name__ == "__main__":
+    main()
