@@ -185,8 +185,14 @@ def test_every_file_picture_and_section_that_a_page_names_exists(page):
         assert (ROOT / name).exists(), name
     for key in re.findall(r'`"(\w+)"', PAGES[page]):
         assert key in CONFIG
-    for number in re.findall(r"section (\d)\b(?!\.)", PAGES[page]):
-        assert f"\n## {number}. " in PAGES["README.md"]
+    sections = re.findall(r"^## (\d)\. ", PAGES["README.md"], re.M)
+    assert sections == ["1", "2", "3", "4", "5"]
+    for found in re.findall(r"(?<!, )sections? (\d)(?: (?:to|and) (\d))?(?!\.\d)", PAGES[page]):
+        assert {*found} - {""} <= {*sections}
+    for text, target in re.findall(r"\[([^]]*)\]\(https?://([^)]*)\)", PAGES[page]):
+        assert text == target or text == "CC BY 4.0"
+    for name in re.findall(r"`(\w?f\w?b)`", PAGES[page]):
+        assert name in pipedream_simple.SCHEDULES
 
 
 def test_the_rooms_that_the_readme_lists_are_the_banners_of_the_file():
@@ -273,6 +279,7 @@ def test_every_figure_in_the_readme_is_the_computed_one():
     assert row == [f"{n / (n + 3):.1%}" for n in counts]
     readme.says(f"| microbatches in a batch | {per_gpu(counts)} |")
     readme.says(f"| utilization | {per_gpu(row)} |")
+    readme.says("at free links. With `--num_microbatches 8`:")
     for schedule in ("gpipe", "1f1b"):
         held = peak_in_flight(
             build_schedule({**CONFIG, "schedule": schedule, "num_microbatches": 8})
@@ -363,6 +370,7 @@ def test_every_figure_in_the_quick_start_is_the_computed_one():
     quoted = {"num_microbatches": 9, "num_batches": 3}
     figures = [utilization(run_of(schedule=s, **quoted)) for s in ("naive", "1f1b", "pipedream")]
     page.says("25% → 75% → 90%" if figures == [0.25, 0.75, 0.9] else "other figures")
+    assert "25.0% → 75.0% → 90.0%" in output_of(commands("QUICKSTART.md")[-1])
     page.says(f"does to utilization ({stream} before)")
     for flags in ("--num_microbatches 2", "--num_microbatches 8", "--num_stages 8"):
         config = config_of(flags)
@@ -371,9 +379,14 @@ def test_every_figure_in_the_quick_start_is_the_computed_one():
     assert peak_versions(build_schedule(config_of("--schedule gpipe"))) == [1] * 4
     paper = "--num_microbatches 1 --num_batches 20"
     a, b, c, d = train(config_of(paper)).peak_versions
-    page.says(f"the PipeDream paper: {a}, {b}, {c} and {d} weight versions on the GPUs")
-    (all_alike,) = set(train(config_of(paper + " --vertical_sync True")).peak_versions)
-    page.says(f"one version for all stages: {all_alike} on every GPU")
+    page.says(
+        f"| `{paper}` | the pipeline of the PipeDream paper: {a}, {b}, {c} and {d} weight versions on the GPUs"
+    )
+    synced = f"{paper} --vertical_sync True"
+    (alike,) = set(train(config_of(synced)).peak_versions)
+    page.says(f"| `{synced}` | one version for all stages: {alike} on every GPU")
+        f"| `{paper} --vertical_sync True` | one version for all stages: {all_alike} on every"
+    )
     page.says(f"only one GPU of four works: {naive} utilization")
 
     at = {str(event.op): event.start for event in run_of()}
