@@ -379,14 +379,10 @@ def test_every_figure_in_the_quick_start_is_the_computed_one():
     assert peak_versions(build_schedule(config_of("--schedule gpipe"))) == [1] * 4
     paper = "--num_microbatches 1 --num_batches 20"
     a, b, c, d = train(config_of(paper)).peak_versions
-    page.says(
-        f"| `{paper}` | the pipeline of the PipeDream paper: {a}, {b}, {c} and {d} weight versions on the GPUs"
-    )
+    page.says(f"| `{paper}` | the pipeline of the PipeDream paper: {a}, {b}, {c} and {d} weight")
     synced = f"{paper} --vertical_sync True"
     (alike,) = set(train(config_of(synced)).peak_versions)
     page.says(f"| `{synced}` | one version for all stages: {alike} on every GPU")
-        f"| `{paper} --vertical_sync True` | one version for all stages: {all_alike} on every"
-    )
     page.says(f"only one GPU of four works: {naive} utilization")
 
     at = {str(event.op): event.start for event in run_of()}
