@@ -77,7 +77,7 @@ class Op(NamedTuple):
     """
 
     stage: int
-    kind: str  # F forward, B backward, U weight update
+    kind: str  # F forward, B backward, U weight update (I and W: the two halves of a backward)
     microbatch: int  # numbered through the run: batch b has microbatches b*M to (b+1)*M - 1
     version: int  # of the weights it reads: version v has received v updates
 
@@ -241,7 +241,7 @@ def pin_versions(
                 who = 0 if vertical_sync else stage  # stage 0 has pinned: its row is the first
                 version = pinned.setdefault((who, microbatch // num_microbatches), version)
             ops.append(Op(stage, kind, microbatch, version))
-            if kind == "B":
+            if kind in ("B", "W"):
                 backwards[stage] += 1
                 if backwards[stage] % num_microbatches == 0:
                     ops.append(Op(stage, "U", microbatch, newest[stage]))
@@ -276,9 +276,14 @@ def input_of(op: Op, num_stages: int) -> tuple[int, str, int] | None:
     stage, kind, microbatch, _ = op
     if kind == "F":
         return (stage - 1, "F", microbatch) if stage > 0 else None
-    if kind == "B":
+    if kind in ("B", "I"):
         return (stage + 1, "B", microbatch) if stage < num_stages - 1 else (stage, "F", microbatch)
-    return None  # an update follows its batch's backwards: the row says so
+    return None  # an update follows its batch's backwards, W its I: the row says so
+
+
+def result_of(op: Op) -> tuple[int, str, int]:
+    """The name under which others wait for what op makes: for an I they wait as for a B."""
+    return op.stage, "B" if op.kind == "I" else op.kind, op.microbatch
 
 
 @cycle_collector_paused()
@@ -305,6 +310,7 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
         "B": per_stage(config["backward_time"], num_stages),
         "U": [0] * num_stages,
     }
+    duration["I"] = duration["W"] = [time / 2 for time in duration["B"]]
     comm_time = per_stage(config["comm_time"], num_stages)
     # Let each GPU run until its next op lacks an input; whoever makes that input wakes it again.
     events = []
@@ -327,7 +333,7 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
                     now = arrival  # the bubble
             start, now = now, now + duration[op.kind][op.stage]
             events.append(Event(op, device, start, now))
-            result = op[:3]
+            result = result_of(op)
             done[result] = device, now
             if result in waiting:
                 runnable.append(waiting.pop(result))
@@ -382,7 +388,7 @@ def memory_held(row: list[Op]) -> list[tuple[int, int]]:
     in_flight, alive = 0, len({op.stage for op in row})  # every stage starts with version 0
     held = []
     for op in row:
-        in_flight += {"F": 1, "B": -1}.get(op.kind, 0)
+        in_flight += {"F": 1, "B": -1, "W": -1}.get(op.kind, 0)
         alive += op.kind == "U"
         alive -= last_reader[op.stage, op.version] is op
         held.append((in_flight, alive))
@@ -548,13 +554,18 @@ class Worker:
         """
         x, output, weights = self.in_flight.pop(op.microbatch)
         assert weights is self.versions[op.version], f"{op} does not read version {op.version}"
-        for name, w in weights.items():
-            w.grad = self.gradient.get(name)  # autograd adds to what is there
         if output_gradient is not None:
             # The chain rule. output.backward(output_gradient) is the same to the bit, but torch
             # imports sympy for it, which takes longer than all the training of the default run.
             output = torch.dot(output.flatten(), output_gradient.flatten())
-        output.backward()
+        if op.kind == "I":  # only the gradient of x for now, which others wait for
+            self.in_flight[op.microbatch] = x, output, weights
+            if x.requires_grad:
+                output.backward(inputs=[x], retain_graph=True)
+            return x.grad
+        for name, w in weights.items():
+            w.grad = self.gradient.get(name)  # autograd adds to what is there
+        output.backward(inputs=[*weights.values()] if op.kind == "W" else None)
         for name, w in weights.items():
             self.gradient[name], w.grad = w.grad, None
         return x.grad
@@ -600,14 +611,15 @@ def train(
     dtype: torch.dtype = torch.float32,
     on_batch: Callable[[int, Run], None] | None = None,
     watch: Callable[[Op, Worker], None] | None = None,
+    schedule: Schedule | None = None,
 ) -> Run:
-    """Execute the schedule on tensors: op after op in simulated order, on one device.
+    """Execute a schedule, by default that of config, on tensors: op after op in simulated order.
 
     on_batch(batch, run) is called whenever all stages have made their update for a batch;
     watch(op, worker) after every op.
     """
     num_stages, num_microbatches = config["num_stages"], config["num_microbatches"]
-    schedule = build_schedule(config)
+    schedule = schedule or build_schedule(config)
     last_reader = last_readers(schedule)
     microbatches = split_batches(config, dtype)
     workers = make_workers(config, dtype)
@@ -626,15 +638,17 @@ def train(
             images, labels = microbatches[op.microbatch]
             x = images if needed is None else sent.pop(needed)
             sent[op[:3]] = worker.forward(op, x, labels if on_last_stage else None)
-        elif op.kind == "B":
+        elif op.kind in ("B", "I"):
             received = sent.pop(needed)
             if on_last_stage:  # its own loss: the loss is the output, and no gradient arrives
                 run.losses[batch] += received.item()
                 received = None
             x_gradient = worker.backward(op, received)
             if op.stage > 0:
-                sent[op[:3]] = x_gradient
+                sent[result_of(op)] = x_gradient
             run.newest_at_backward[op.stage, op.microbatch] = run.newest[op.stage]
+        elif op.kind == "W":
+            worker.backward(op, None)
         else:
             worker.update(op)
             run.newest[op.stage] += 1
