@@ -1202,7 +1202,9 @@ def parse_value(text: str) -> int | float | bool | str | list:
 
 
 def parse_config(
-    parser: argparse.ArgumentParser, argv: list[str] | None = None
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None = None,
+    check: Callable[[dict], None] = check_config,
 ) -> tuple[dict, dict]:
     """CONFIG with the flags of the command line on top, checked; and what other flags said."""
     given, unknown = parser.parse_known_args(argv)
@@ -1211,7 +1213,7 @@ def parse_config(
         hint = nearest(flag, [f"--{key}" for key in RULES]) or ", --help lists them"
         raise UserError(f"unknown flag {flag!r}{hint}")
     config = CONFIG | {key: value for key, value in vars(given).items() if key in RULES}
-    check_config(config)
+    check(config)
     return config, {key: value for key, value in vars(given).items() if key not in RULES}
 
 

@@ -90,10 +90,14 @@ def house_style():
         yield
 
 
+KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+TINT = {"F": 0, "B": 0.68, "I": 0.68, "W": 0.88}  # how much white
+
+
 def colors(op: Op) -> tuple[tuple, str]:
     """Fill and label colour of an op: its microbatch's hue under white, or a tint under black."""
-    hue = np.array(to_rgb(HUES[op.microbatch % len(HUES)]))
-    return (tuple(hue), "white") if op.kind == "F" else (tuple(0.68 + 0.32 * hue), "black")
+    hue, tint = np.array(to_rgb(HUES[op.microbatch % len(HUES)])), TINT[op.kind]
+    return tuple(tint + (1 - tint) * hue), "black" if tint else "white"
 
 
 def new_picture(width: float, height: float, title: str, lines: Iterable[str]) -> Figure:
@@ -124,7 +128,7 @@ IDLE = Patch(color=LANE, label="idle: the bubble")
 def add_legend(figure: Figure, ops: Iterable[Op], more: list[Patch | Line2D]) -> None:
     """At the foot of the sheet: what is drawn, and nothing else."""
     handles, labels = [], []
-    for kind, label in (("F", "forward"), ("B", "backward")):
+    for kind, label in KINDS.items():
         drawn = {op.microbatch: op for op in sorted(ops) if op.kind == kind}
         if drawn:
             some = list(drawn.values())[:3]
@@ -200,10 +204,12 @@ def draw_ops(
     bottom: float = 0.94,
     faded: str = "",
     versions: bool = False,
+    stages: bool = False,
 ) -> PolyCollection:
     """The primitive that draws the ops of every picture: boxes on the GPUs' lanes, one an op.
 
-    Ops of the kind faded are left hollow; with versions, a label also names the weights read.
+    Ops of the kind faded are left hollow; with versions, a label also names the weights read, and
+    with stages, for GPUs that hold several, the stage: 2F0 instead of F0.
     """
     events = [event for event in events if event.op.kind != "U"]
     boxes = [(start, end, device, top, bottom) for _, device, start, end in events]
@@ -218,7 +224,10 @@ def draw_ops(
         linewidths=0.7 if slot_width(axes, events) > 8 else 0,
         zorder=2,
     )
-    texts = [f"{op.kind}{op.microbatch}" + f"\nv{op.version}" * versions for op, *_ in events]
+    names = [str(op) if stages else f"{op.kind}{op.microbatch}" for op, *_ in events]
+    texts = [
+        name + f"\nv{op.version}" * versions for name, (op, *_) in zip(names, events, strict=True)
+    ]
     add_labels(axes, boxes, texts, inks)
     return collection
 
