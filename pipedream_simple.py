@@ -51,7 +51,7 @@ CONFIG = {
     "num_microbatches": 4,  # slices of a batch: more of them keep more GPUs busy. Try 2, 4, 8
     "layers_per_stage": 3,  # layers on each GPU: more stages or more layers, a larger model
     "hidden_size": 64,  # width of the network: more to compute, more to remember
-    "batch_size": 32,  # images in a batch: must divide evenly into the microbatches
+    "batch_size": 32,  # images in a batch: a multiple of num_microbatches
     "num_batches": 5,  # batches to train on, one weight update each. Try 200
     "learning_rate": 0.15,  # size of an update: the more staleness, the smaller it has to be
     "seed": 0,  # same seed, same weights and same batches, to the bit
@@ -991,6 +991,8 @@ def format_measures(
         lines.append(GRADIENT_ERROR)
     if not all(map(math.isfinite, run.losses)):
         lines.append("The loss left all bounds: try a smaller learning_rate, or less staleness")
+    elif run.losses[-1] > run.losses[0]:
+        lines.append("The loss grew: try a smaller learning_rate, or less staleness")
     return "\n".join(lines)
 
 
@@ -1278,7 +1280,8 @@ def run_main(main: Callable[[], None]) -> int:
         if isinstance(error, BrokenPipeError):
             return 0
         message = f"cannot write: {error.strerror}"
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    one_line = " ".join(message.splitlines())
+    print(f"{Path(sys.argv[0]).name}: {one_line}", file=sys.stderr)
     return status
 
 

@@ -149,6 +149,19 @@ def add_legend(figure: Figure, ops: Iterable[Op], more: list[Patch | Line2D]) ->
 
 # --------------------------------------------------------------------------------- primitives
 
+
+def simulated(config: dict) -> tuple[Schedule, list[Event]]:
+    """Rows and events of this CONFIG, with times as they are printed: 0.1 + 0.2 ends at 0.3."""
+    schedule = build_schedule(config)
+    events = [
+        Event(op, device, tick(start), tick(end))
+        for op, device, start, end in simulate(schedule, config)
+    ]
+    if not shortest(events) > 1e-8 * makespan(events):
+        raise UserError("forward_time, backward_time and comm_time differ too much for a picture")
+    return schedule, events
+
+
 Box = tuple[float, float, float, float, float]  # start, end, lane, top, bottom: the last two 0 to 1
 
 
@@ -215,13 +228,14 @@ def draw_ops(
     boxes = [(start, end, device, top, bottom) for _, device, start, end in events]
     looks = [("white", GREY) if op.kind == faded else colors(op) for op, *_ in events]
     fills, inks = zip(*looks, strict=True)
+    wide = slot_width(axes, events) > 8
     collection = add_boxes(
         axes,
         boxes,
         facecolors=fills,
         edgecolors=[SHADE if op.kind == faded else "white" for op, *_ in events],
         gid="ops",
-        linewidths=0.7 if slot_width(axes, events) > 8 else 0,
+        linewidths=[0.7 if wide or op.kind == faded else 0 for op, *_ in events],
         zorder=2,
     )
     names = [str(op) if stages else f"{op.kind}{op.microbatch}" for op, *_ in events]
@@ -286,14 +300,15 @@ def microbatch_forward(config: dict) -> Figure:
     """The forward wave: a stage works on a microbatch, and the stage before it on the next."""
     config, events = one_batch("gpipe", config)
     wave = [event for event in events if event.op.kind == "F"]
+    used = utilization(from_zero(wave))
     return draw_batch(
         config,
         events,
         f"Microbatches, forward: {gpus_at_work(wave, config)}",
-        f"The batch is cut into {config['num_microbatches']}. Each sets out as soon as GPU0 is "
-        "free, and while it is on GPU1, GPU0 has the next.",
-        f"This wave uses {utilization(from_zero(wave)):.1%} of the GPU time that it takes; "
-        "more microbatches make a longer wave, and use more.",
+        f"Microbatches in the batch: {config['num_microbatches']}. Each sets out as soon as GPU0 "
+        "is free, and does not wait for the one before to come back.",
+        f"This wave uses {used:.1%} of the GPU time that it takes"
+        + ("; more microbatches make a longer wave, and use more." if used < 1 else "."),
         faded="B",
     )
 
@@ -316,7 +331,7 @@ def microbatch_backward(config: dict) -> Figure:
 def one_batch(schedule: str, config: dict) -> tuple[dict, list[Event]]:
     """This CONFIG with one batch of that schedule, and its events."""
     config = {**config, "schedule": schedule, "num_batches": 1}
-    return config, simulate(build_schedule(config), config)
+    return config, simulated(config)[1]
 
 
 def draw_batch(
@@ -337,9 +352,11 @@ def draw_batch(
 
     strip = add_axes(figure, LEFT, strip_top, lanes.bbox.width, 110)
     strip.set(xlim=(0, until), ylim=(0, num_devices), xticks=[], yticks=[0, num_devices])
-    strip.set_ylabel("GPUs\nat work", rotation=0, ha="right", va="center")
-    add_boxes(strip, [(0, until, 0, 0, num_devices)], facecolors=LANE, linewidths=0)
+    label = "GPUs at work\nin this wave" if faded else "GPUs\nat work"
+    strip.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8 if faded else 9)
     spans = at_work(wave)
+    whole = (spans[0][0], spans[-1][1], 0, 0, num_devices)
+    add_boxes(strip, [whole], facecolors=LANE, linewidths=0)
     boxes = [(start, end, 0, 0, count) for start, end, count in spans]
     looks = [(INK, "white") if count == num_devices else (SHADE, INK) for *_, count in spans]
     fills, inks = zip(*looks, strict=True)
@@ -361,8 +378,8 @@ def at_work(events: list[Event]) -> list[tuple[float, float, int]]:
     """(start, end, how many GPUs compute then), each as long as that number stays the same."""
     change = Counter()
     for _, _, start, end in events:
-        change[tick(start)] += 1
-        change[tick(end)] -= 1
+        change[start] += 1
+        change[end] -= 1
     times = sorted(time for time in change if change[time])
     spans, count = [], 0
     for start, end in itertools.pairwise(times):
@@ -407,7 +424,7 @@ class Lifetime(NamedTuple):
 
 
 def lifetimes(schedule: Schedule, events: list[Event]) -> list[Lifetime]:
-    """Of every weight version that somebody reads."""
+    """Of every weight version that somebody reads, and of the last, which is left at the end."""
     ended = {event.op: event.end for event in events}
     device_of = {op.stage: device for device, row in enumerate(schedule) for op in row}
     updates = {(op.stage, op.version): ended[op] for op in ended if op.kind == "U"}
@@ -416,6 +433,11 @@ def lifetimes(schedule: Schedule, events: list[Event]) -> list[Lifetime]:
         start = updates.get((stage, version - 1), 0)
         superseded = updates[stage, version]
         lives.append(Lifetime(device_of[stage], version, start, superseded, ended[last]))
+    last_version = max(version for _, version in updates) + 1
+    for (stage, version), start in updates.items():
+        if version + 1 == last_version:
+            over = makespan(events)
+            lives.append(Lifetime(device_of[stage], last_version, start, over, over))
     return sorted(lives, key=lambda life: (life.device, life.start))
 
 
@@ -448,7 +470,8 @@ def draw_memory(
         names.append(f"v{version}")
         if end > superseded:
             stashed.append((superseded, end, *place))
-    ink = {"edgecolors": INK, "linewidths": 0.7, "zorder": 2}
+    thick = high * axes.bbox.height / len(schedule) > 8  # pixels
+    ink = {"edgecolors": INK, "linewidths": 0.7 if thick else 0, "zorder": 2}
     add_boxes(axes, newest, facecolors=SHADE, gid="newest", **ink)
     add_boxes(axes, stashed, facecolors="white", hatch="//////", gid="stashed", **ink)
     add_labels(axes, newest, names, [INK] * len(names))
@@ -459,7 +482,9 @@ def draw_memory(
         held = np.array([0, *(in_flight for in_flight, _ in memory_held(row))])
         base = device + 0.97
         y = base - 0.17 * held / most_in_flight
-        axes.fill_between(times, y, base, step="post", color=GREY, lw=0, zorder=2)
+        axes.fill_between(
+            times, y, base, step="post", color=GREY, lw=0, zorder=2, gid=f"in flight {device}"
+        )
 
     legend = [Patch(facecolor=SHADE, edgecolor=INK, label="newest version")]
     if stashed:
@@ -474,28 +499,24 @@ def draw_marks(
     """Where a stage updates, which ops read an old version, and which backwards the wrong one."""
     updates = [(device, end) for op, device, _, end in events if op.kind == "U" and end <= until]
     lines = [[(end, device + 0.02), (end, device + 0.5)] for device, end in updates]
-    axes.add_collection(LineCollection(lines, colors=INK, lw=2.5, zorder=4), autolim=False)
+    marks = LineCollection(lines, colors=INK, lw=2.5, zorder=4, gid="updates", clip_on=False)
+    axes.add_collection(marks, autolim=False)
     legend = [Line2D([], [], ls="", marker="|", color=INK, ms=11, mew=2.5, label="weight update")]
     inset = 2 * until / axes.bbox.width
+    wrong = "reads other weights than its forward did"
     for ops, label, style in (
-        (stale_reads(schedule), "reads a stashed version", {"lw": 1.6}),
-        (
-            mismatches(schedule),
-            "reads other weights than its forward did",
-            {"lw": 0.5, "hatch": "xxxx"},
-        ),
+        (stale_reads(schedule), "reads a stashed version", {"edgecolor": INK, "lw": 1.6}),
+        (mismatches(schedule), wrong, {"edgecolor": "#00000066", "lw": 0.5, "hatch": "xxxx"}),
     ):
         chosen = set(ops)
         boxes = [
             (start + inset, end - inset, device, 0.08, 0.44)
             for op, device, start, end in events
-            if op in chosen and start < until
+            if op in chosen and start < until and end - start > 7 * inset
         ]
-        if boxes and slot_width(axes, events) > 14:
-            add_boxes(
-                axes, boxes, facecolors="none", edgecolors=INK, zorder=2.5, gid=label, **style
-            )
-            legend.append(Patch(facecolor="white", edgecolor=INK, label=label, **style))
+        if boxes:
+            add_boxes(axes, boxes, facecolors="none", zorder=2.5, gid=label, **style)
+            legend.append(Patch(facecolor="white", label=label, **style))
     return legend
 
 
@@ -517,6 +538,11 @@ def draw_versions(
     return axes, legend + [IDLE] * (utilization(events) < 1)
 
 
+def lane_height(schedule: Schedule) -> float:
+    """Room for labels in the bars of all versions, as long as all lanes fit on a sheet."""
+    return min(max(150, 68 * max(peak_versions(schedule))), 1600 / len(schedule))
+
+
 def name_strips(axes: Axes, values: list[tuple[str, str]]) -> list[tuple[Text, Text]]:
     """Beside each lane, if it is high enough, the names of its strips and what they come to."""
     style = {"transform": axes.get_yaxis_transform(), "fontsize": 7, "va": "center"}
@@ -536,8 +562,7 @@ def weight_versioning(config: dict) -> Figure:
     other = "1f1b" if config["schedule"] == "pipedream" else "pipedream"
     runs = []
     for settings in (config, {**config, "schedule": other, "weight_stashing": True}):
-        schedule = build_schedule(settings)
-        runs.append((settings, schedule, simulate(schedule, settings)))
+        runs.append((settings, *simulated(settings)))
     _, schedule, events = runs[0]
     last_shown = min(3, config["num_batches"]) - 1
     until = max(end for op, _, _, end in events if op.kind == "U" and op.version == last_shown)
@@ -545,7 +570,7 @@ def weight_versioning(config: dict) -> Figure:
 
     example = find_example(schedule)
     title, lines = tell_versions(config, schedule, events, example)
-    lane = min(150, 1600 / len(schedule))
+    lane = lane_height(schedule)
     done = [count_done(events, until) for *_, events in runs]
     lines.append(
         f"Shown up to t{until:.10g}: {done[0]} of {config['num_batches']} batches are done above, "
@@ -609,8 +634,8 @@ def draw_example(axes: Axes, events: list[Event], forward: Op, backward: Op) -> 
     (x_forward, device), (x_backward, _) = at[forward], at[backward]
     x = [x_forward, x_forward, x_backward, x_backward]
     y = [device + 0.04, device - 0.1, device - 0.1, device + 0.04]
-    axes.plot(x, y, color=INK, lw=1.5, clip_on=False, zorder=4)
-    axes.plot(x[-1:], y[-1:], color=INK, marker="v", ms=6, clip_on=False, zorder=4)
+    axes.plot(x, y, color=INK, lw=1.5, clip_on=False, zorder=4, gid="example")
+    axes.plot(x[-1:], y[-1:], color=INK, marker="v", ms=6, clip_on=False, zorder=4, gid="arrow")
     f, b = (f"{op.kind}{op.microbatch}" for op in (forward, backward))
     text = f"{b} reads v{backward.version}, as {f} did"
     if forward.version != backward.version:
@@ -626,10 +651,13 @@ def tell_versions(
     """Title and lines: what is stashed and why, with the figures of this run."""
     wait = "PipeDream updates without waiting for all microbatches to come back: "
     if config["schedule"] != "pipedream":
-        return "One weight version is enough for a flush, and it costs idle GPUs", [
-            "An update waits until no microbatch is in flight. So every backward reads the "
-            "weights that its forward read, and the GPUs stand idle.",
-            "Below, PipeDream does not wait: it stashes weights and keeps the GPUs at work.",
+        idle = 1 - utilization(events)
+        price = f", and {idle:.1%} of the GPU time is idle" if idle > 0 else ""
+        return f"With a flush one weight version is enough{price}", [
+            "An update waits until no microbatch is in flight. So every backward reads the weights "
+            "that its forward read.",
+            "Below, PipeDream does not wait; where new weights come while microbatches are in "
+            "flight, it keeps the old ones too.",
         ]
     if example is None:
         return "Nothing to stash: no update comes while a microbatch is in flight here", [
@@ -677,8 +705,8 @@ def utilization_comparison(config: dict) -> Figure:
         (1, naive, "naive"),
         (num_microbatches, flush, "1F1B: a batch, then a flush"),
         (num_in_run, no_flush, f"PipeDream: {config['num_batches']} batches without a flush"),
-        (3 * (num_stages - 1), None, "often quoted as 75%"),
-        (9 * (num_stages - 1), None, "often quoted as 90%"),
+        (3 * (num_stages - 1), None, "75% by the formula, a figure often quoted"),
+        (9 * (num_stages - 1), None, "90% by the formula, a figure often quoted"),
     ):
         if part is None and 0 < count * num_stages < 50_000:
             part = measured(config, schedule="1f1b", num_microbatches=count, num_batches=1)
@@ -695,7 +723,7 @@ def utilization_comparison(config: dict) -> Figure:
         "for n / (n + S - 1) of the time."
         if exact
         else "The formula n / (n + S - 1) is for stages that take the same time and for free "
-        "links. Here they differ: that costs the distance to the line.",
+        "links, which is not so here: that costs the distance to the line.",
     ]
     title = f"GPU utilization: {naive:.1%} → {flush:.1%} → {no_flush:.1%}"
     figure = new_picture(1760, 900, title, lines)
@@ -724,7 +752,10 @@ def draw_bars(axes: Axes, bars: dict[str, float]) -> None:
     axes.set(ylim=(0, 1), yticks=[])
     for x, part in enumerate(parts):
         style = {"ha": "center", "va": "center", "fontsize": 13, "weight": "bold"}
-        axes.text(x, part / 2, f"{part:.1%}", color="white", **style)
+        if part < 0.06:  # no room in the bar
+            axes.text(x, part + 0.04, f"{part:.1%}", color=HUES[0], **style)
+        else:
+            axes.text(x, part / 2, f"{part:.1%}", color="white", **style)
         if part < 0.97:
             axes.text(x, (1 + part) / 2, f"idle {1 - part:.1%}", ha="center", va="center")
 
@@ -774,13 +805,12 @@ def make_movie(config: dict) -> tuple[Figure, list[float], Callable[[float], Non
 
     Set to a time, the picture ends there, and says beside each lane what that GPU holds.
     """
-    schedule = build_schedule(config)
-    events = simulate(schedule, config)
+    schedule, events = simulated(config)
     num_devices, until = len(schedule), makespan(events)
     name, keeps = schedule_name(config)
     title = f"{name}, {keeps}: {utilization(events):.1%} utilization on {num_devices} GPUs"
-    lane, top = min(150, 1600 / num_devices), 2 * LINE + 40
-    width = LEFT + plot_width(events, until) + RIGHT + 60
+    lane, top = lane_height(schedule), 2 * LINE + 40
+    width = LEFT + plot_width(events, until) + RIGHT + 100
     figure = new_picture(width, top + lane * num_devices + 140, title, [" "])
     axes, legend = draw_versions(
         figure, top, lane, until, schedule, events, max(peak_in_flight(schedule))
@@ -805,7 +835,7 @@ def make_movie(config: dict) -> tuple[Figure, list[float], Callable[[float], Non
 
 def frame_times(events: list[Event], most: int = 60) -> list[float]:
     """The times at which something begins or ends; of many, only every so many, and the last."""
-    times = sorted({tick(time) for event in events for time in (event.start, event.end)})
+    times = sorted({time for event in events for time in (event.start, event.end)})
     return [*times[: -1 : math.ceil(len(times) / most)], times[-1]]
 
 
@@ -822,7 +852,10 @@ def held_at(schedule: Schedule, events: list[Event]) -> Callable[[float], list[t
             if start <= time < end:
                 alive[device].append(f"v{version}")
         counts = [row[bisect_right(ends, time)] for row, ends in zip(in_flight, times, strict=True)]
-        return [(" ".join(names), str(count)) for names, count in zip(alive, counts, strict=True)]
+        for row in alive:
+            if len(row) > 2:
+                row[:] = [f"{row[0]}...{row[-1]} ({len(row)})"]
+        return [(" ".join(row), str(count)) for row, count in zip(alive, counts, strict=True)]
 
     return at
 
@@ -834,10 +867,11 @@ def write_movie(
     from matplotlib.animation import PillowWriter  # not needed, and not imported, without a GIF
 
     writer = PillowWriter(fps=FRAMES_PER_SECOND)
-    with writer.saving(figure, path, dpi=min(0.6, 1400 / figure.bbox.width) * DPI):
-        for time in times:
-            show(time)
-            writer.grab_frame()
+    writer.setup(figure, path, dpi=min(0.6, 1400 / figure.bbox.width) * DPI)
+    for time in times:
+        show(time)
+        writer.grab_frame()
+    writer.finish()  # not in a finally: a movie that was interrupted is not written
     share_palette(path)
 
 

@@ -17,8 +17,10 @@ from pipedream_simple import (
     CONFIG,
     Op,
     build_schedule,
+    peak_in_flight,
     run_main,
     simulate,
+    tick,
     train,
 )
 from pipedream_visual import (
@@ -94,9 +96,11 @@ def expected_bars(events):
 
 
 def run_of(size, **settings):
+    """Config, rows and events of a size, with times rounded as the program prints them."""
     config = {**CONFIG, **SIZES[size], **settings}
     schedule = build_schedule(config)
-    return config, schedule, simulate(schedule, config)
+    events = simulate(schedule, config)
+    return config, schedule, [e._replace(start=tick(e.start), end=tick(e.end)) for e in events]
 
 
 # ----------------------------------------------------------------------------- what is drawn
@@ -253,7 +257,9 @@ def test_the_memory_strips_hold_what_the_trainer_held(size):
                 versions = sum(life.start < middle < life.end for life in mine)
                 assert versions == held[op][0]
                 names, in_flight = at(middle)[device]
-                assert (len(names.split()), int(in_flight)) == held[op]
+                many = re.search(r"\((\d+)\)", names)
+                count = int(many[1]) if many else len(names.split())
+                assert (count, int(in_flight)) == held[op]
                 stashed = sum(life.superseded < middle < life.end for life in mine)
                 assert stashed == versions - 1  # exactly one is the newest
                 checked += 1
@@ -309,6 +315,113 @@ def test_the_outlined_ops_read_an_old_version_and_the_crossed_ones_the_wrong_one
     }
     assert {(int(top), round(x)) for x, _, top, _ in boxes(crossed)} == wrong
     assert not collections(unstashed, "reads a stashed version")
+
+
+@pytest.mark.parametrize("size", ["default", "2 x 2", "uneven", "1 microbatch", "1 stage"])
+def test_the_names_in_and_beside_the_lanes_are_theirs(figures, size):
+    for figure in list(figures(size).values())[:4]:
+        for axes in figure.axes:
+            if collections(axes, "ops"):
+                names = [label.get_text() for label in axes.get_yticklabels()]
+                assert names == [f"GPU{d}" for d in range(len(names))]
+                assert [int(place) for place in axes.get_yticks()] == list(range(len(names)))
+    axes = figures(size)["weight_versioning"].axes[0]
+    _, schedule, events = run_of(size)
+    texts = {(t.get_position()[0], int(t.get_position()[1])): t.get_text() for t in axes.texts}
+    edge = axes.get_xlim()[1]
+    for life in lifetimes(schedule, events):
+        if life.superseded <= edge and (life.superseded - life.start) * 20 > edge:
+            assert texts[(life.start + life.superseded) / 2, life.device] == f"v{life.version}"
+
+
+@pytest.mark.parametrize("size", ["default", "2 x 2", "uneven", "1 microbatch", "M < S"])
+def test_triangles_stand_where_results_leave_for_the_next_gpu(figures, size):
+    for name, schedule, kinds in (
+        ("naive_pipeline", "naive", "FB"),
+        ("microbatch_forward", "gpipe", "F"),
+        ("microbatch_backward", "gpipe", "B"),
+    ):
+        config, _, events = run_of(size, schedule=schedule, num_batches=1)
+        last = config["num_stages"] - 1
+        expected = {
+            "v": {(e.end, e.device + 1) for e in events if e.op.kind == "F" and e.device < last},
+            "^": {(e.end, e.device) for e in events if e.op.kind == "B" and e.device > 0},
+        }
+        lines = figures(size)[name].axes[0].lines
+        drawn = {line.get_marker(): {*zip(*line.get_data(), strict=True)} for line in lines}
+        assert drawn == {
+            marker: places
+            for marker, places in expected.items()
+            if {"v": "F", "^": "B"}[marker] in kinds
+        }
+
+
+def test_the_numbers_on_the_strip_are_its_heights(figures):
+    for name in ("microbatch_forward", "microbatch_backward"):
+        strip = figures("default")[name].axes[1]
+        steps = boxes(collections(strip, "at work")[0])
+        texts = {t.get_position()[0]: t.get_text() for t in strip.texts}
+        assert texts == {(x + end) / 2: f"{height:.0f}" for x, end, _, height in steps}
+
+
+@pytest.mark.parametrize("size", ["default", "uneven", "1 microbatch", "flush"])
+def test_marks_and_strips_of_the_versions_picture_are_the_rows(figures, size):
+    figure = figures(size)["weight_versioning"]
+    _, schedule, events = run_of(size)
+    axes = figure.axes[0]
+    until = axes.get_xlim()[1]
+    (marks,) = collections(axes, "updates")
+    drawn = sorted((line[0][0], int(line[0][1])) for line in marks.get_segments())
+    expected = [(e.end, e.device) for e in events if e.op.kind == "U" and e.end <= until]
+    assert drawn == sorted(expected)
+    other = run_of(size, schedule="pipedream" if size == "flush" else "1f1b")[1]
+    most = max(max(peak_in_flight(rows)) for rows in (schedule, other))
+    for device in range(len(schedule)):
+        (strip,) = collections(axes, f"in flight {device}")
+        path = strip.get_paths()[0]
+        mine = [e for e in events if e.device == device and e.op.kind in "FB"]
+        times = sorted({0, *(e.end for e in mine)})
+        for start, end in itertools.pairwise(times):
+            middle = (start + end) / 2
+            held = sum({"F": 1, "B": -1}[e.op.kind] for e in mine if e.end < middle)
+            inside = path.contains_point((middle, device + 0.97 - 0.17 * (held - 0.5) / most))
+            assert inside == (held > 0)
+            assert not path.contains_point((middle, device + 0.97 - 0.17 * (held + 0.5) / most))
+    assert {t.get_text() for t in axes.texts} >= {f"max {n}" for n in peak_in_flight(schedule)}
+
+
+def test_the_example_is_bracketed_from_its_forward_to_its_backward(figures):
+    axes = figures("default")["weight_versioning"].axes[0]
+    _, _, events = run_of("default")
+    middle = {str(e.op): (e.start + e.end) / 2 for e in events if e.device == 0}
+    lines = {line.get_gid(): line.get_xydata().tolist() for line in axes.lines}
+    text = next(t for t in axes.texts if "did" in t.get_text())
+    forward, backward = re.findall(r"[FB]\d+", text.get_text())[::-1]
+    ends = [lines["example"][0][0], lines["example"][-1][0]]
+    assert ends == [middle[f"0{forward}"], middle[f"0{backward}"]]
+    assert lines["arrow"] == [lines["example"][-1]]
+    assert all(-0.2 < y < 0.1 for _, y in lines["example"])  # over the lane of GPU0
+
+
+def test_the_legend_looks_like_what_it_names(figures):
+    legend = figures("default")["weight_versioning"].legends[0]
+    axes = figures("default")["weight_versioning"].axes[0]
+    patches = {handle.get_label(): handle for handle in legend.get_patches()}
+    newest, stashed = patches["newest version"], patches["old version, kept (stashed)"]
+    assert newest.get_facecolor() == tuple(collections(axes, "newest")[0].get_facecolor()[0])
+    assert newest.get_hatch() is None
+    assert stashed.get_hatch() == collections(axes, "stashed")[0].get_hatch() is not None
+
+
+def test_uneven_stages_have_the_sentences_of_their_own_run(figures):
+    _, _, events = run_of("uneven", schedule="gpipe", num_batches=1)
+    wave = [e for e in events if e.op.kind == "F"]
+    work = sum(e.end - e.start for e in wave)
+    span = max(e.end for e in wave) - min(e.start for e in wave)
+    text = said(figures("uneven")["microbatch_forward"])
+    assert f"uses {work / (3 * span):.1%} of the GPU time" in text
+    whole = sum(e.end - e.start for e in events) / (3 * max(e.end for e in events))
+    assert f"at {whole:.1%} utilization" in said(figures("uneven")["microbatch_backward"])
 
 
 def test_a_flush_draws_one_version_and_nothing_stashed(figures):
@@ -374,8 +487,8 @@ def test_nine_microbatches_and_three_batches_show_the_often_quoted_figures():
         "n = 9: 75.0%  ",
         "n = 27: 90.0% ",
     ]
-    assert "often quoted as 75%" in legend[2]
-    assert "often quoted as 90%" in legend[3]
+    assert "75% by the formula" in legend[2]
+    assert "90% by the formula" in legend[3]
 
 
 def test_the_marks_lie_on_the_formula_and_the_bars_are_the_marks(figures):
@@ -391,6 +504,19 @@ def test_the_marks_lie_on_the_formula_and_the_bars_are_the_marks(figures):
         if line.get_marker() != "None"
     }
     assert marks == pytest.approx({1: 1 / 4, 4: 4 / 7, 9: 3 / 4, 20: 20 / 23, 27: 9 / 10})
+    assert [t.get_text() for t in bars_axes.texts] == [
+        text for part in (1 / 4, 4 / 7, 20 / 23) for text in (f"{part:.1%}", f"idle {1 - part:.1%}")
+    ]
+    captions = [label.get_text().split("\n")[0] for label in bars_axes.get_xticklabels()]
+    assert captions == ["naive", "1F1B", "PipeDream"]
+    assert [text.get_text() for text in curve.get_legend().get_texts()] == [
+        "formula n / (n + 3)",
+        "n = 1: 25.0%  naive",
+        "n = 4: 57.1%  1F1B: a batch, then a flush",
+        "n = 9: 75.0%  75% by the formula, a figure often quoted",
+        "n = 20: 87.0%  PipeDream: 5 batches without a flush",
+        "n = 27: 90.0%  90% by the formula, a figure often quoted",
+    ]
     assert "All of them are one formula" in said(curve.figure)
     off = figures("uneven")["utilization_comparison"]
     assert "All of them are one formula" not in said(off)
@@ -707,8 +833,57 @@ def test_the_animation_counts_the_versions_up():
     assert versions[0] == ["v0"] * 4
     assert versions[15] == ["v0 v1", "v0 v1", "v0 v1", "v1"]
     assert "5 of 5 batches are done" in figure.texts[1].get_text()
-    show(22)
+    for time in (7, 22):
+        show(time)
+        assert figure.axes[0].lines[-1].get_xdata() == [time, time]  # the cursor
     assert figure.texts[1].get_text() == "t22: 2 of 5 batches are done"
+
+
+@pytest.mark.parametrize(
+    "times", [{}, {"comm_time": 0.1}, {"forward_time": 0.1, "backward_time": 0.3}]
+)
+def test_every_frame_says_what_is_done_and_held_at_its_time(times):
+    config = {**CONFIG, **times, "num_batches": 2}
+    with house_style():
+        figure, frames, show = make_movie(config)
+    schedule = build_schedule(config)
+    events = [e._replace(end=tick(e.end)) for e in simulate(schedule, config)]
+    at = pipedream_visual.held_at(schedule, events)
+    for time in frames:
+        show(time)
+        done = min(
+            sum(e.end <= time for e in events if e.op.kind == "U" and e.device == d)
+            for d in range(4)
+        )
+        assert f": {done} of 2 batches are done" in figure.texts[1].get_text()
+        for device, (_, in_flight) in enumerate(at(time)):
+            mine = [e.op.kind for e in events if e.device == device and e.end <= time]
+            assert int(in_flight) == mine.count("F") - mine.count("B")
+    assert figure.texts[1].get_text().endswith("2 of 2 batches are done")
+
+
+def test_times_that_no_picture_can_show_get_one_line(tmp_path, program):
+    for flags in (["--comm_time", "1e12"], ["--backward_time", "1e-15"]):
+        status, _, err = program("--out", tmp_path, *flags)
+        assert (status, err.count("\n")) == (2, 1)
+        assert "differ too much for a picture" in err
+
+
+def test_a_movie_that_is_interrupted_leaves_the_old_one(tmp_path, program, monkeypatch):
+    def interrupted(config):
+        figure, times, _ = make_movie(config)
+
+        def show(time):
+            raise KeyboardInterrupt
+
+        return figure, times, show
+
+    (tmp_path / "pipeline.gif").write_bytes(b"old")
+    monkeypatch.setattr(pipedream_visual, "make_movie", interrupted)
+    status, _, err = program("--animate", "--num_batches", 1, "--out", tmp_path)
+    assert (status, err.count("\n")) == (130, 1)
+    assert (tmp_path / "pipeline.gif").read_bytes() == b"old"
+    assert not [name for name in os.listdir(tmp_path) if "part" in name]
 
 
 def test_a_movie_can_be_written(tmp_path, program):
@@ -719,4 +894,9 @@ def test_a_movie_can_be_written(tmp_path, program):
     with Image.open(tmp_path / "pipeline.gif") as movie:
         assert movie.format == "GIF"
         assert movie.n_frames == 7
+        shown = []
+        for frame in range(7):
+            movie.seek(frame)
+            shown.append(movie.info["duration"])
+        assert shown == [250] * 6 + [3000]
     assert not [name for name in os.listdir(tmp_path) if "part" in name]
