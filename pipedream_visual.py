@@ -564,7 +564,8 @@ def weight_versioning(config: dict) -> Figure:
     for settings in (config, {**config, "schedule": other, "weight_stashing": True}):
         runs.append((settings, *simulated(settings)))
     _, schedule, events = runs[0]
-    last_shown = min(3, config["num_batches"]) - 1
+    enough = 2 + math.ceil(config["num_stages"] / config["num_microbatches"])
+    last_shown = min(enough, config["num_batches"]) - 1
     until = max(end for op, _, _, end in events if op.kind == "U" and op.version == last_shown)
     most_in_flight = max(max(peak_in_flight(schedule)) for _, schedule, _ in runs)
 
@@ -633,7 +634,8 @@ def draw_example(axes: Axes, events: list[Event], forward: Op, backward: Op) -> 
     at = {op: ((start + end) / 2, device) for op, device, start, end in events}
     (x_forward, device), (x_backward, _) = at[forward], at[backward]
     x = [x_forward, x_forward, x_backward, x_backward]
-    y = [device + 0.04, device - 0.1, device - 0.1, device + 0.04]
+    pixel = abs(np.subtract(*axes.get_ylim())) / axes.bbox.height
+    y = [device + 0.05, device - 15 * pixel, device - 15 * pixel, device + 0.05]
     axes.plot(x, y, color=INK, lw=1.5, clip_on=False, zorder=4, gid="example")
     axes.plot(x[-1:], y[-1:], color=INK, marker="v", ms=6, clip_on=False, zorder=4, gid="arrow")
     f, b = (f"{op.kind}{op.microbatch}" for op in (forward, backward))
@@ -641,7 +643,12 @@ def draw_example(axes: Axes, events: list[Event], forward: Op, backward: Op) -> 
     if forward.version != backward.version:
         text = f"{f} read v{forward.version}, {b} reads v{backward.version}"
     axes.text(
-        (x_forward + x_backward) / 2, device - 0.14, text, ha="center", va="bottom", fontsize=8
+        (x_forward + x_backward) / 2,
+        device - 20 * pixel,
+        text,
+        ha="center",
+        va="bottom",
+        fontsize=8,
     )
 
 

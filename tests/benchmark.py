@@ -20,8 +20,10 @@ from torch.nn.functional import cross_entropy
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from pipedream_lab import make_plan, read_csv, write_csv  # noqa: E402
 from pipedream_simple import (  # noqa: E402
     CONFIG,
+    SCHEDULES,
     build_schedule,
     build_stages,
     load_digits,
@@ -57,6 +59,22 @@ def list_and_simulate(num_stages: int, num_microbatches: int) -> float:
     sizes = {"num_stages": num_stages, "num_microbatches": num_microbatches, "num_batches": 1}
     config = {**CONFIG, "schedule": "1f1b", **sizes}
     return seconds(lambda: simulate(build_schedule(config), config))
+
+
+def large_schedules() -> list[tuple[str, float, int]]:
+    """(what, seconds, operations) of the lab's own work at 64 GPUs and 4,096 microbatches."""
+    config = {**CONFIG, "num_stages": 64, "num_microbatches": 4096, "num_batches": 1}
+    config |= {"schedule": "interleaved", "layers_per_stage": 2}
+    plans = []
+    took = seconds(lambda: plans.append(make_plan(config, chunks_per_gpu=2)))
+    count = sum(map(len, plans[0].schedule))
+    results = [("interleaved, 2 chunks, and simulated", took, count)]
+    rows = [list(SCHEDULES["1f1b"](stage, 64, 4096, 1)) for stage in range(64)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "large.csv"
+        write_csv(rows, path)
+        took = statistics.median(seconds(read_csv, path) for _ in range(3))
+    return [*results, ("CSV of 1F1B read and checked", took, sum(map(len, rows)))]
 
 
 def draw_timeline(num_stages: int, num_microbatches: int) -> tuple[float, int]:
@@ -128,6 +146,10 @@ def main():
         times = [list_and_simulate(num_stages, num_microbatches) for _ in range(5)]
         count, took = 2 * num_stages * num_microbatches, statistics.median(times)
         print(f"   {count:>9,}  {took:8.4f} s  {1e6 * took / count:5.2f} us")
+
+    print("\nat 64 x 4,096: operations, seconds, microseconds an operation")
+    for name, took, count in large_schedules():
+        print(f"   {name:<34} {count:>9,}  {took:8.4f} s  {1e6 * took / count:5.2f} us")
 
     config = {**CONFIG, "hidden_size": 512, "batch_size": 256, "num_batches": 20, "device": "cpu"}
     print("\ntraining, hidden size 512, batch size 256, 20 batches / a plain loop")

@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import benchmark  # noqa: E402
 from reference import delayed_sgd  # noqa: E402
 
+from pipedream_lab import LAB_CONFIG, compare  # noqa: E402
 from pipedream_simple import (  # noqa: E402
     CONFIG,
     SCHEDULES,
@@ -186,6 +188,17 @@ def on_the_way() -> str:
     return table(["schedule", "M", "5 batches", "20 batches", "50 batches"], *rows)
 
 
+def lab() -> str:
+    """## All schedules of the lab
+
+    `python pipedream_lab.py compare`: five batches, with memory measured in bytes.
+    """
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), tempfile.TemporaryDirectory() as folder:
+        compare(CPU, LAB_CONFIG["chunks_per_gpu"], Path(folder))
+    return fenced(out.getvalue().rpartition("\n\n")[0])
+
+
 def gradients() -> str:
     """## Gradients without weight stashing
 
@@ -275,6 +288,7 @@ REPEATABLE = [
     schedules,
     learning,
     on_the_way,
+    lab,
     gradients,
     differences,
 ]
