@@ -11,7 +11,7 @@
 CONFIG and its flags are those of pipedream_simple.py; here the schedules are also interleaved and
 zb-h1, or a CSV file, and there is one more key, chunks_per_gpu. COMMAND --help says more.
 
-Read it from top to bottom: schedules, files, plan, then a room for each command.
+Read it from top to bottom: CONFIG, schedules, files, plan, then a room for each command.
 """
 
 import csv
@@ -65,9 +65,11 @@ from pipedream_simple import (
     utilization,
 )
 from pipedream_visual import (
+    KINDS,
     LEFT,
     LINE,
     RIGHT,
+    add_heading,
     add_lanes,
     add_legend,
     draw_ops,
@@ -76,6 +78,13 @@ from pipedream_visual import (
     plot_width,
     save,
 )
+
+# ------------------------------------------------------------------------------------- CONFIG
+
+LAB_CONFIG = {  # besides that of pipedream_simple.py
+    "chunks_per_gpu": 3,  # stages on a GPU, for interleaved: must divide layers_per_stage
+}
+
 
 # ---------------------------------------------------------------------------------- schedules
 
@@ -234,7 +243,6 @@ def write_csv(rows: Iterable[Iterable[tuple]], path: Path) -> None:
 
 # --------------------------------------------------------------------------------------- plan
 
-LAB_CONFIG = {"chunks_per_gpu": 3}  # stages on a GPU (interleaved): must divide layers_per_stage
 LAB_SCHEDULES = ("interleaved", "zb-h1")
 
 
@@ -568,14 +576,8 @@ def draw_plans(plans: list[Plan]):
     figure = new_picture(width, top + panel * len(plans) + 60, title, lines)
     for row, (plan, events) in enumerate(runs):
         place = top + row * panel
-        figure.text(
-            24 / width,
-            1 - (place + 0.6 * LINE) / figure.bbox.height,
-            f"{plan.name.strip()}: {makespan(events):.10g} time units, "
-            f"{utilization(events):.1%} utilization",
-            va="center",
-            weight="bold",
-        )
+        time = f"{makespan(events):.10g} time units, {utilization(events):.1%} utilization"
+        add_heading(figure, place, f"{plan.name.strip()}: {time}")
         axes = add_lanes(figure, place + LINE, lane * len(plan.schedule), len(plan.schedule), until)
         draw_ops(axes, [event for event in events if event.start < until])
     add_legend(figure, [event.op for _, events in runs for event in events], [])
@@ -761,7 +763,6 @@ def trace_events(plan: Plan, events: list[Event]) -> Iterable[dict]:
 
     A time unit of the simulation is a millisecond of the trace, whose own unit is the microsecond.
     """
-    names = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
     for device in range(len(plan.schedule)):
         name = {"name": f"GPU{device}"}
         yield {"ph": "M", "name": "process_name", "pid": device, "args": name}
@@ -774,7 +775,7 @@ def trace_events(plan: Plan, events: list[Event]) -> Iterable[dict]:
                    "ts": 1000 * start, "args": args}  # fmt: skip
         else:
             args = {"stage": op.stage, "microbatch": op.microbatch, "version": op.version}
-            yield {"ph": "X", "name": str(op), "cat": names[op.kind], "pid": device, "tid": 0,
+            yield {"ph": "X", "name": str(op), "cat": KINDS[op.kind], "pid": device, "tid": 0,
                    "ts": 1000 * start, "dur": 1000 * (end - start), "args": args}  # fmt: skip
     number = itertools.count()
     for (stage, kind, m), (device, start, end) in at.items():
@@ -820,7 +821,7 @@ def main() -> None:
         raise UserError(f"unknown command {name!r}{hint}")
     parser = make_parser(COMMANDS[name].__doc__)
     parser.prog = f"{Path(sys.argv[0]).name} {name}"
-    chunks = "stages on a GPU, for interleaved: must divide layers_per_stage (now 3)"
+    chunks = f"stages on a GPU, for interleaved (now {LAB_CONFIG['chunks_per_gpu']})"
     names = "--chunks_per_gpu", "--chunks-per-gpu"
     parser.add_argument(*names, type=int, metavar="X", help=chunks)
     if name in FILES:

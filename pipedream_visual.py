@@ -122,6 +122,12 @@ def add_axes(figure: Figure, left: float, top: float, width: float, height: floa
     return axes
 
 
+def add_heading(figure: Figure, top: float, text: str) -> None:
+    """A line over one of several timelines, that far from the top of the sheet."""
+    y = 1 - (top + 0.5 * LINE) / figure.bbox.height
+    figure.text(24 / figure.bbox.width, y, text, va="center", weight="bold")
+
+
 IDLE = Patch(color=LANE, label="idle: the bubble")
 
 
@@ -586,13 +592,11 @@ def weight_versioning(config: dict) -> Figure:
     for row, (settings, schedule, events) in enumerate(runs):
         place = top + row * (bracket + panel)
         name, keeps = schedule_name(settings)
-        figure.text(
-            24 / width,
-            1 - (place + 0.5 * LINE) / figure.bbox.height,
+        add_heading(
+            figure,
+            place,
             f"{name}, {keeps}: its {config['num_batches']} batches take "
             f"{makespan(events):.10g} time units at {utilization(events):.1%} utilization",
-            va="center",
-            weight="bold",
         )
         axes, legend = draw_versions(
             figure,

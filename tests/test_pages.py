@@ -74,7 +74,7 @@ def output_of(command):
             sys.argv = argv
             os.chdir(folder)
             del os.environ["COLUMNS"]
-    return out.getvalue()
+    return out.getvalue().replace("Running on 1 GPU", "Running on CPU")  # the pages' machine
 
 
 def config_of(flags=""):
