@@ -65,6 +65,7 @@ from pipedream_simple import (
     utilization,
 )
 from pipedream_visual import (
+    IDLE,
     KINDS,
     LEFT,
     LINE,
@@ -76,6 +77,7 @@ from pipedream_visual import (
     house_style,
     new_picture,
     plot_width,
+    rounded,
     save,
 )
 
@@ -562,25 +564,30 @@ def memory_table(memory: list[tuple[str, list[tuple[Bytes, Bytes]]]]) -> list[li
 
 def draw_plans(plans: list[Plan]):
     """The simulated runs one below the other on one time axis, until the slowest but naive ends."""
-    runs = [(plan, simulate(plan.schedule, plan.config)) for plan in plans]
+    plans = [plan for plan in plans if plan.name == plan.name.strip()]  # variants look the same
+    runs = [(plan, rounded(simulate(plan.schedule, plan.config))) for plan in plans]
     others = [makespan(events) for plan, events in runs if plan.name != "naive"]
     until = max(others, default=makespan(runs[0][1]))
     devices = max(len(plan.schedule) for plan in plans)
-    lane = min(34, 3000 / (devices * len(plans)))
+    lane = min(42, 3000 / (devices * len(plans)))
     panel = LINE + lane * devices + 50
     top = 3 * LINE
     width = LEFT + plot_width(runs[0][1], until) + RIGHT
     best = min(runs, key=lambda run: makespan(run[1]))
-    title = f"{len(plans)} schedules, one time axis: the fastest is {best[0].name.strip()}"
-    lines = ["Simulated; a long naive run is cut off. In a box: forward, backward, microbatch."]
+    title = f"{len(plans)} schedules, one time axis: the fastest is {best[0].name}"
+    lines = [
+        "Simulated; a long naive run is cut off. F3: forward of microbatch 3; 8F3: of stage 8, "
+        "where a GPU has several."
+    ]
     figure = new_picture(width, top + panel * len(plans) + 60, title, lines)
     for row, (plan, events) in enumerate(runs):
         place = top + row * panel
         time = f"{makespan(events):.10g} time units, {utilization(events):.1%} utilization"
-        add_heading(figure, place, f"{plan.name.strip()}: {time}")
+        add_heading(figure, place, f"{plan.name}: {time}")
         axes = add_lanes(figure, place + LINE, lane * len(plan.schedule), len(plan.schedule), until)
-        draw_ops(axes, [event for event in events if event.start < until])
-    add_legend(figure, [event.op for _, events in runs for event in events], [])
+        several = plan.config["num_stages"] > len(plan.schedule)
+        draw_ops(axes, [event for event in events if event.start < until], stages=several)
+    add_legend(figure, [event.op for _, events in runs for event in events], [IDLE])
     return figure
 
 

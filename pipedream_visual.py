@@ -157,15 +157,17 @@ def add_legend(figure: Figure, ops: Iterable[Op], more: list[Patch | Line2D]) ->
 
 
 def simulated(config: dict) -> tuple[Schedule, list[Event]]:
-    """Rows and events of this CONFIG, with times as they are printed: 0.1 + 0.2 ends at 0.3."""
+    """Rows and events of this CONFIG, times rounded."""
     schedule = build_schedule(config)
-    events = [
-        Event(op, device, tick(start), tick(end))
-        for op, device, start, end in simulate(schedule, config)
-    ]
+    return schedule, rounded(simulate(schedule, config))
+
+
+def rounded(events: list[Event]) -> list[Event]:
+    """Events with times as they are printed: 0.1 + 0.2 ends at 0.3. UserError if ops vanish."""
+    events = [Event(op, device, tick(start), tick(end)) for op, device, start, end in events]
     if not shortest(events) > 1e-8 * makespan(events):
         raise UserError("forward_time, backward_time and comm_time differ too much for a picture")
-    return schedule, events
+    return events
 
 
 Box = tuple[float, float, float, float, float]  # start, end, lane, top, bottom: the last two 0 to 1
