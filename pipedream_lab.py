@@ -75,6 +75,7 @@ from pipedream_visual import (
     add_legend,
     draw_ops,
     house_style,
+    make_folder,
     new_picture,
     plot_width,
     rounded,
@@ -162,14 +163,14 @@ def zb_h1(stage: int, num_stages: int, num_microbatches: int, num_batches: int) 
 # The format of torch.distributed.pipelining, compute only: a line a GPU, a cell an op: 0F0, 1B3,
 # 2I1, 2W1; an empty cell is an idle slot, and says nothing here: time comes from the simulator.
 
-CELL = re.compile(r"(\d{1,6})([FBIW])(\d{1,6})")
+CELL = re.compile(r"([0-9]{1,6})([FBIW])([0-9]{1,6})")
 OVERLAPPED = re.compile(r"\((.*);(.*)\)OVERLAP_F_B")  # two ops at once: here one after the other
 
 
 def read_csv(path: Path) -> list[list[tuple[int, str, int]]]:
     """The rows of one batch in a CSV file, checked. UserError names what is wrong, and where."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -530,6 +531,7 @@ COMPARE_LEGEND = """\
 
 def compare(config: dict, chunks_per_gpu: int, out: Path) -> None:
     """Every schedule on the same batches, in one table and in one picture (schedules.png)."""
+    make_folder(out)
     plans, reasons = all_plans(config, chunks_per_gpu)
     naive_time = makespan(simulate(plans[0].schedule, plans[0].config))
     reference = plain_sgd(plans[0].config)

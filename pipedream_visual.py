@@ -917,16 +917,21 @@ def save(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """A folder and those above it, if they are not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot make this folder: {error.strerror}") from None
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the pictures (now .)")
     parser.add_argument("--animate", action="store_true", help="also pipeline.gif, the run played")
     config, other = parse_config(parser)
     folder = other.get("out", Path())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot make this folder: {error.strerror}") from None
+    make_folder(folder)
 
     def report(path: Path, title: str) -> None:
         print(f"{path}\n   {title}" if config["verbose"] else path, flush=True)

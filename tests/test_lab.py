@@ -271,6 +271,18 @@ def test_what_is_no_csv_is_told_in_one_line(tmp_path):
             read_csv(tmp_path / name)
 
 
+def test_a_csv_as_other_programs_write_it_is_read(tmp_path):
+    for text in ("0F0,0B0\r\n", "\ufeff0F0,0B0\n", '"0F0", 0B0 ,\n\n', ",0F0,,0B0"):
+        (tmp_path / "one.csv").write_bytes(text.encode())
+        assert read_csv(tmp_path / "one.csv") == [[(0, "F", 0), (0, "B", 0)]]
+
+
+def test_a_small_csv_with_huge_numbers_is_refused_at_once(tmp_path):
+    (tmp_path / "huge.csv").write_text("0F0,0B0,999999F999999\n")
+    with pytest.raises(UserError, match="is missing"):
+        read_csv(tmp_path / "huge.csv")
+
+
 def test_good_rows_pass_and_any_one_missing_or_doubled_op_does_not():
     ops = [[(int(c[0]), c[1], int(c[2])) for c in row] for row in GOOD]
     check_rows(ops, "good")
@@ -419,7 +431,8 @@ def program(monkeypatch, capsys):
 
 
 def test_compare_prints_every_schedule_and_draws_them(program, tmp_path):
-    status, out, err = program("compare", "--out", tmp_path, "--num_batches", 2)
+    folder = tmp_path / "new" / "folder"
+    status, out, err = program("compare", "--out", folder, "--num_batches", 2)
     assert (status, err) == (0, "")
     table = out[: out.index("Memory of GPU0")].splitlines()
     lines = {re.split("  +", line.strip())[0]: line for line in table}
@@ -428,7 +441,7 @@ def test_compare_prints_every_schedule_and_draws_them(program, tmp_path):
     for name in ("naive", "gpipe", "1f1b", "interleaved", "zb-h1"):
         assert float(lines[name].split()[-1]) < 1e-12  # to plain SGD
     assert float(lines["pipedream"].split()[-1]) > 1e-6
-    with Image.open(tmp_path / "schedules.png") as image:
+    with Image.open(folder / "schedules.png") as image:
         assert image.width < 4000
     assert max(map(len, table)) <= 100
 
