@@ -259,13 +259,13 @@ class Plan(NamedTuple):
 
 def check_lab_config(config: dict) -> None:
     """Like check_config; the schedule may also be one of the lab's, or a CSV file."""
-    name = config["schedule"]
-    known = [*SCHEDULES, *LAB_SCHEDULES]
-    if isinstance(name, str) and name not in known and not name.endswith(".csv"):
-        hint = nearest(name, known) or f": it must be one of {', '.join(known)}, or a .csv file"
-        raise UserError(f"unknown schedule {name!r}{hint}")
-    ours = isinstance(name, str) and name not in SCHEDULES
-    check_config({**config, "schedule": "1f1b"} if ours else config)
+    name, known = config["schedule"], [*SCHEDULES, *LAB_SCHEDULES]
+    if isinstance(name, str):
+        if name not in known and not name.endswith(".csv"):
+            hint = nearest(name, known) or f": it must be one of {', '.join(known)}, or a .csv file"
+            raise UserError(f"unknown schedule {name!r}{hint}")
+        config = {**config, "schedule": "1f1b"}  # any that check_config knows
+    check_config(config)
 
 
 def make_plan(config: dict, chunks_per_gpu: int) -> Plan:
@@ -307,11 +307,6 @@ def interleaved_rows(config: dict, chunks_per_gpu: int) -> Iterable[list[tuple[i
             f"num_microbatches={microbatches} must be a multiple of num_stages={devices} for the "
             "interleaved schedule"
         )
-    if config["layers_per_stage"] % chunks_per_gpu:
-        raise UserError(
-            f"layers_per_stage={config['layers_per_stage']} cannot be split evenly into "
-            f"chunks_per_gpu={chunks_per_gpu}"
-        )
     for device in range(devices):
         yield list(interleaved(device, devices, microbatches, 1, chunks_per_gpu))
 
@@ -324,8 +319,8 @@ def spread_stages(config: dict, rows: list[list[tuple[int, str, int]]]) -> dict:
     num_layers = devices * config["layers_per_stage"]
     if num_layers % stages:
         raise UserError(
-            f"layers_per_stage={config['layers_per_stage']}: {num_layers} layers cannot be split "
-            f"evenly into {stages} stages"
+            f"layers_per_stage={config['layers_per_stage']}: {num_layers} layers on {devices} GPUs "
+            f"cannot be split evenly into {stages} stages"
         )
     times = {}
     for key in ("forward_time", "backward_time", "comm_time"):

@@ -24,6 +24,7 @@ from pipedream_lab import (
     Plan,
     all_plans,
     check_rows,
+    draw_plans,
     interleaved,
     main,
     make_plan,
@@ -311,7 +312,7 @@ def test_a_plan_keeps_the_network_and_the_work_of_each_gpu():
         assert make_plan(settings, 3) == Plan(name, settings, build_schedule(settings))
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_measured_memory_is_what_the_formula_says(count):
     config = {**SMALL, "num_microbatches": count, "num_batches": 5}
     plans, reasons = all_plans(config, 3)
@@ -354,6 +355,33 @@ def test_the_trace_is_the_simulated_run(tmp_path):
         assert [*zip(values[::2], values[1::2], strict=True)] == memory_held(row)
 
 
+def test_nothing_is_sent_inside_a_gpu(tmp_path):
+    config = {**SMALL, "schedule": "interleaved", "num_stages": 1, "num_microbatches": 2}
+    pipedream_lab.trace(config, 3, tmp_path / "one.json")
+    traced = json.loads((tmp_path / "one.json").read_text())["traceEvents"]
+    assert not [e for e in traced if e["ph"] in "sf"]
+    assert len([e for e in traced if e["ph"] == "X"]) == 3 * 2 * 2 * 3  # stages, F B, M, N
+
+
+def test_the_picture_of_all_ends_with_the_slowest_but_naive_and_names_stages():
+    plans, _ = all_plans({**SMALL, "num_batches": 1}, 3)
+    figure = draw_plans(plans)
+    assert [text.get_text().split(":")[0] for text in figure.texts[2:]] == [
+        "naive",
+        "gpipe",
+        "1f1b",
+        "interleaved",
+        "zb-h1",
+        "pipedream",
+    ]
+    for axes in figure.axes:
+        assert axes.get_xlim() == (0, 2 * (4 + 4 - 1))
+    labels = [{text.get_text() for text in axes.texts} for axes in figure.axes]
+    assert {"F0", "B3"} <= labels[1]
+    assert {"0F0", "8B0"} <= labels[3]
+    assert {"I0", "W3"} <= labels[4]
+
+
 # ---------------------------------------------------------------------------- clock and balance
 
 
@@ -380,16 +408,16 @@ def test_profile_times_the_stages_and_leaves_the_first_runs_out(monkeypatch):
     ticks = [5.0] * 9 + [0.001] * 1000  # seconds between two looks at the clock: slow at first
     times = [0.0, *itertools.accumulate(ticks)]
     monkeypatch.setattr(pipedream_lab, "now", lambda device: times[next(clock)])
-    forward, backward = measure_stages({**SMALL, "num_stages": 2})
-    assert forward == pytest.approx([1, 1])  # milliseconds
-    assert backward == pytest.approx([1, 1])
+    forward, backward = measure_stages({**SMALL, "num_stages": 1}, repeats=2)
+    assert forward == pytest.approx([1])  # milliseconds
+    assert backward == pytest.approx([1])
 
 
 def test_profile_simulates_with_what_it_measured(monkeypatch, capsys):
     monkeypatch.setattr(
         pipedream_lab, "measure_stages", lambda config: ([1, 2, 1, 1], [2, 4, 2, 2])
     )
-    pipedream_lab.profile({**SMALL, "num_batches": 1}, 3)
+    pipedream_lab.profile({**SMALL, "num_batches": 2}, 3)
     out = capsys.readouterr().out
     assert "Bottleneck: stage 1, 60% slower than the mean" in out
     assert re.search(r"one GPU: 60 ms", out)  # 4 microbatches of 3 + 6 + 3 + 3
@@ -405,7 +433,7 @@ def test_balance_measures_and_gains(capsys, monkeypatch):
         **SMALL,
         "num_stages": 4,
         "layers_per_stage": 2,
-        "num_batches": 1,
+        "num_batches": 2,
         "schedule": "gpipe",
     }
     pipedream_lab.balance(config, 1)
@@ -413,6 +441,8 @@ def test_balance_measures_and_gains(capsys, monkeypatch):
     assert even.split()[:5] == ["even", "2", "2", "2", "2"]
     assert balanced.split()[:5] == ["balanced", "1", "1", "2", "4"]  # 12, 9, 9 and 12
     assert even.split()[-1] == "1.00x"
+    slowest, rest = 21, 9 + 6 + 6  # F and B of each stage: 21, 9, 6, 6
+    assert even.split()[-3] == f"{4 * slowest + rest:.3g}"  # a batch of four: the slowest, and once
     assert float(balanced.split()[-1][:-1]) > 1.3
 
 
@@ -440,6 +470,15 @@ def test_compare_prints_every_schedule_and_draws_them(program, tmp_path):
         assert name in lines
     for name in ("naive", "gpipe", "1f1b", "interleaved", "zb-h1"):
         assert float(lines[name].split()[-1]) < 1e-12  # to plain SGD
+    run = train({**CONFIG, "num_batches": 2})
+    time, speed_up, busy, bubble, _, _, versions, stale, loss, right, _ = lines[
+        "pipedream"
+    ].split()[1:]
+    assert [time, speed_up] == [f"{2 * (8 + 3)}", f"{2 * 4 * 4 * 2 / (2 * (8 + 3)):.2f}x"]
+    assert [busy, bubble] == [f"{8 / 11:.1%}", f"{3 / 11:.1%}"]
+    assert [versions, stale] == ["2", "1"]
+    assert [loss, right] == [f"{run.losses[-1]:.4f}", f"{run.test_accuracy:.1%}"]
+    assert out.count("GPU3 ") == out.count("GPU0 ") - 1 == 8  # once in the heading of the table
     assert float(lines["pipedream"].split()[-1]) > 1e-6
     with Image.open(folder / "schedules.png") as image:
         assert image.width < 4000
