@@ -33,6 +33,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pipedream_simple import (
+    MAX_FORWARDS,
     SCHEDULES,
     Event,
     Op,
@@ -164,7 +165,7 @@ def zb_h1(stage: int, num_stages: int, num_microbatches: int, num_batches: int) 
 # 2I1, 2W1; an empty cell is an idle slot, and says nothing here: time comes from the simulator.
 
 CELL = re.compile(r"([0-9]{1,6})([FBIW])([0-9]{1,6})")
-OVERLAPPED = re.compile(r"\((.*);(.*)\)OVERLAP_F_B")  # two ops at once: here one after the other
+OVERLAPPED = re.compile(r"\((.+);(.+)\)OVERLAP_F_B")  # two ops at once: here one after the other
 
 
 def read_csv(path: Path) -> list[list[tuple[int, str, int]]]:
@@ -268,6 +269,16 @@ def check_lab_config(config: dict) -> None:
     check_config(config)
 
 
+def with_sizes_of_file(config: dict) -> dict:
+    """If the schedule is a CSV file: the config with its number of GPUs and microbatches."""
+    name = config["schedule"]
+    if not isinstance(name, str) or not name.endswith(".csv"):
+        return config
+    rows = read_csv(Path(name))
+    count = 1 + max(m for row in rows for _, _, m in row)
+    return {**config, "num_stages": len(rows), "num_microbatches": count}
+
+
 def make_plan(config: dict, chunks_per_gpu: int) -> Plan:
     """The rows of config["schedule"] for the whole run, and what they run on.
 
@@ -285,8 +296,7 @@ def make_plan(config: dict, chunks_per_gpu: int) -> Plan:
         rows = [list(zb_h1(stage, *sizes)) for stage in range(config["num_stages"])]
     else:
         rows = read_csv(Path(name))
-        count = 1 + max(m for row in rows for _, _, m in row)
-        config = {**config, "num_stages": len(rows), "num_microbatches": count}
+        config = with_sizes_of_file(config)
         check_lab_config(config)
     config = spread_stages(config, rows)
     plan = Plan(name, config, repeat(rows, config))
@@ -300,13 +310,12 @@ def make_plan(config: dict, chunks_per_gpu: int) -> Plan:
 def interleaved_rows(config: dict, chunks_per_gpu: int) -> Iterable[list[tuple[int, str, int]]]:
     """One batch of it; UserError where the sizes do not allow it."""
     devices, microbatches = config["num_stages"], config["num_microbatches"]
-    if not is_whole(chunks_per_gpu, 1, 10**6):
-        raise UserError(f"chunks_per_gpu={chunks_per_gpu!r} must be a whole number greater than 0")
     if microbatches % devices:
         raise UserError(
             f"num_microbatches={microbatches} must be a multiple of num_stages={devices} for the "
             "interleaved schedule"
         )
+    check_size(devices * chunks_per_gpu, config)
     for device in range(devices):
         yield list(interleaved(device, devices, microbatches, 1, chunks_per_gpu))
 
@@ -331,8 +340,17 @@ def spread_stages(config: dict, rows: list[list[tuple[int, str, int]]]) -> dict:
     return {**config, **times, "num_stages": stages, "layers_per_stage": num_layers // stages}
 
 
+def check_size(num_stages: int, config: dict) -> None:
+    """Raise a UserError if that many stages are more than one run may hold."""
+    count = num_stages * config["num_microbatches"] * config["num_batches"]
+    if count > MAX_FORWARDS:
+        what = f"{num_stages:,} stages * num_microbatches * num_batches is {count:,}"
+        raise UserError(f"{what}: at most {MAX_FORWARDS:,} fit")
+
+
 def repeat(rows: list[list[tuple[int, str, int]]], config: dict) -> Schedule:
     """The rows of one batch, batch after batch, with an update after each."""
+    check_size(config["num_stages"], config)
     count, batches = config["num_microbatches"], range(config["num_batches"])
     whole = [
         [(stage, kind, m + b * count) for b in batches for stage, kind, m in row] for row in rows
@@ -559,6 +577,11 @@ def memory_table(memory: list[tuple[str, list[tuple[Bytes, Bytes]]]]) -> list[li
     return table
 
 
+def plain(name: str) -> str:
+    """The name of a schedule or file in letters that every font has, and without formulas."""
+    return name.encode("ascii", "replace").decode().replace("$", "?")
+
+
 def draw_plans(plans: list[Plan]):
     """The simulated runs one below the other on one time axis, until the slowest but naive ends."""
     plans = [plan for plan in plans if plan.name == plan.name.strip()]  # variants look the same
@@ -570,8 +593,9 @@ def draw_plans(plans: list[Plan]):
     panel = LINE + lane * devices + 50
     top = 3 * LINE
     width = LEFT + plot_width(runs[0][1], until) + RIGHT
-    best = min(runs, key=lambda run: makespan(run[1]))
-    title = f"{len(plans)} schedules, one time axis: the fastest is {best[0].name}"
+    least = min(makespan(events) for _, events in runs)
+    fastest = [plain(plan.name) for plan, events in runs if makespan(events) == least]
+    title = f"{len(plans)} schedules, one time axis. The fastest: {', '.join(fastest)}"
     lines = [
         "Simulated; a long naive run is cut off. F3: forward of microbatch 3; 8F3: of stage 8, "
         "where a GPU has several."
@@ -580,7 +604,7 @@ def draw_plans(plans: list[Plan]):
     for row, (plan, events) in enumerate(runs):
         place = top + row * panel
         time = f"{makespan(events):.10g} time units, {utilization(events):.1%} utilization"
-        add_heading(figure, place, f"{plan.name}: {time}")
+        add_heading(figure, place, f"{plain(plan.name)}: {time}")
         axes = add_lanes(figure, place + LINE, lane * len(plan.schedule), len(plan.schedule), until)
         several = plan.config["num_stages"] > len(plan.schedule)
         draw_ops(axes, [event for event in events if event.start < until], stages=several)
@@ -598,6 +622,8 @@ def export(config: dict, chunks_per_gpu: int, path: Path) -> None:
     save(path, partial(write_csv, rows))
     ops = sum(map(len, rows))
     print(f"{path}: {plan.name}, {len(rows)} GPUs, {plan.config['num_stages']} stages, {ops} ops")
+    if plan.name == "pipedream":
+        print("One batch: whoever reads it flushes after it, and has 1F1B.")
 
 
 # ------------------------------------------------------------------------------------ profile
@@ -647,7 +673,8 @@ def profile(config: dict, chunks_per_gpu: int) -> None:
     both = [f + b for f, b in zip(forward, backward, strict=True)]
     slowest = both.index(max(both))
     excess = max(both) / statistics.fmean(both) - 1
-    print(f"Bottleneck: stage {slowest}, {excess:.0%} slower than the mean: all wait for it")
+    if len(both) > 1:
+        print(f"Bottleneck: stage {slowest}, {excess:.0%} slower than the mean: all wait for it")
 
     measured = {**config, "forward_time": forward, "backward_time": backward}
     plans, reasons = all_plans(measured, chunks_per_gpu)
@@ -678,19 +705,27 @@ def partition(costs: list[float], num_stages: int) -> list[int]:
     [4, 1]
     """
     sums = [0, *itertools.accumulate(costs)]
-    best = [[math.inf] * (len(costs) + 1) for _ in range(num_stages + 1)]  # [stages][layers]
-    cut = [[0] * (len(costs) + 1) for _ in range(num_stages + 1)]
-    best[0][0] = 0
+    best = [0.0] + [math.inf] * len(costs)  # of the first so many layers, in no stage
+    cuts = []  # cuts[stages - 1][layers]: where the last of so many stages begins
     for stages in range(1, num_stages + 1):
-        for layers in range(stages, len(costs) + 1):
-            for before in range(stages - 1, layers):
-                slowest = max(best[stages - 1][before], sums[layers] - sums[before])
-                if slowest < best[stages][layers]:
-                    best[stages][layers], cut[stages][layers] = slowest, before
+        longer, cut = [math.inf] * len(best), [0] * len(best)
+        before = stages - 1
+        for layers in range(stages, len(best)):
+
+            def slowest(begin: int, best=best, layers=layers) -> float:
+                return max(best[begin], sums[layers] - sums[begin])
+
+            # More layers before the last stage: those before it slow down, it gets faster. So the
+            # best place is where they meet, and moves only forward as layers are added.
+            while before + 1 < layers and slowest(before + 1) <= slowest(before):
+                before += 1
+            longer[layers], cut[layers] = slowest(before), before
+        best = longer
+        cuts.append(cut)
     counts, layers = [], len(costs)
     for stages in range(num_stages, 0, -1):
-        counts.append(layers - cut[stages][layers])
-        layers = cut[stages][layers]
+        counts.append(layers - cuts[stages - 1][layers])
+        layers = cuts[stages - 1][layers]
     return counts[::-1]
 
 
@@ -724,6 +759,10 @@ def measure_layers(layers: list[nn.Module], config: dict, repeats: int = 20) -> 
 
 def balance(config: dict, chunks_per_gpu: int) -> None:
     """Measure the layers of a network whose layers differ; cut it evenly, and by their cost."""
+    if make_plan(config, chunks_per_gpu).config["num_stages"] != config["num_stages"]:
+        raise UserError(
+            f"{config['schedule']} has several stages on a GPU: balance cuts one for each"
+        )
     times = measure_layers(uneven_layers(config), config)
     costs = [forward + backward for forward, backward in times]
     num_stages = config["num_stages"]
@@ -794,7 +833,8 @@ def trace_events(plan: Plan, events: list[Event]) -> Iterable[dict]:
     ended = {event.op: event.end for event in events}
     for device, row in enumerate(plan.schedule):
         for op, (in_flight, alive) in zip(row, memory_held(row), strict=True):
-            held = {"microbatches in flight": in_flight, "weight versions": alive}
+            each = " (of each stage)" if len({op.stage for op in row}) > 1 else ""
+            held = {f"microbatches in flight{each}": in_flight, f"weight versions{each}": alive}
             for name, count in held.items():
                 yield {"ph": "C", "name": name, "pid": device, "ts": 1000 * ended[op],
                        "args": {"count": count}}  # fmt: skip
@@ -832,8 +872,12 @@ def main() -> None:
         parser.add_argument("file", type=Path, metavar=FILES[name], help="the file to write")
     if name == "compare":
         parser.add_argument("--out", type=Path, metavar="DIR", help="folder for schedules.png")
-    config, other = parse_config(parser, sys.argv[2:], check_lab_config)
+    config, other = parse_config(parser, sys.argv[2:], check=lambda config: None)
+    config = with_sizes_of_file(config)
+    check_lab_config(config)
     chunks = other.get("chunks_per_gpu", LAB_CONFIG["chunks_per_gpu"])
+    if not is_whole(chunks, 1, 10**6):
+        raise UserError(f"chunks_per_gpu={chunks!r} must be a whole number, 1 to 1,000,000")
     extra = [other["file"]] if name in FILES else []
     if name == "compare":
         extra = [other.get("out", Path())]

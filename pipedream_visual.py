@@ -907,6 +907,9 @@ def share_palette(path: Path) -> None:
 
 def save(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name and rename it: the old one is whole until then."""
+    path = path.resolve()  # a link stays a link
+    if not path.name or (path.exists() and not path.is_file()):
+        raise UserError(f"cannot write {path}: it is not a regular file")
     part = path.with_name(f"part-{os.getpid()}-{path.name}")
     try:
         write(part)

@@ -336,7 +336,8 @@ def test_the_trace_is_the_simulated_run(tmp_path):
     ops = {(e["name"], e["pid"], e["ts"], e["ts"] + e["dur"]) for e in by["X"]}
     expected = {(str(e.op), e.device, 1000 * e.start, 1000 * e.end) for e in events}
     assert ops == {e for e in expected if "U" not in e[0]}
-    assert len(by["i"]) == 2 * 4
+    updates = {(e["pid"], e["ts"]) for e in by["i"]}
+    assert updates == {(e.device, 1000 * e.end) for e in events if e.op.kind == "U"}
     # 3 links, 8 microbatches, there and back; every arrow starts and ends inside an op
     assert len(by["s"]) == len(by["f"]) == 3 * 8 * 2
     ends = {e["id"]: e for e in by["f"]}
@@ -351,6 +352,8 @@ def test_the_trace_is_the_simulated_run(tmp_path):
             )
     for device, row in enumerate(plan.schedule):
         counters = [e for e in by["C"] if e["pid"] == device]
+        ended = {e.op: e.end for e in events}
+        assert [e["ts"] for e in counters[::2]] == [1000 * ended[op] for op in row]
         values = [e["args"]["count"] for e in counters]
         assert [*zip(values[::2], values[1::2], strict=True)] == memory_held(row)
 
@@ -366,6 +369,7 @@ def test_nothing_is_sent_inside_a_gpu(tmp_path):
 def test_the_picture_of_all_ends_with_the_slowest_but_naive_and_names_stages():
     plans, _ = all_plans({**SMALL, "num_batches": 1}, 3)
     figure = draw_plans(plans)
+    assert figure.texts[0].get_text() == "6 schedules, one time axis. The fastest: interleaved"
     assert [text.get_text().split(":")[0] for text in figure.texts[2:]] == [
         "naive",
         "gpipe",
@@ -387,9 +391,10 @@ def test_the_picture_of_all_ends_with_the_slowest_but_naive_and_names_stages():
 
 def test_partition_is_as_good_as_the_best_of_all_cuts():
     generator = torch.Generator().manual_seed(0)
-    for layers, stages in itertools.product(range(1, 9), range(1, 5)):
+    for layers, stages, zeros in itertools.product(range(1, 9), range(1, 5), (False, True)):
         if stages <= layers:
             costs = torch.rand(layers, generator=generator).tolist()
+            costs = [cost * (cost > 0.5) for cost in costs] if zeros else costs
             counts = partition(costs, stages)
             assert len(counts) == stages
             assert min(counts) >= 1
@@ -426,6 +431,22 @@ def test_profile_simulates_with_what_it_measured(monkeypatch, capsys):
     assert re.search(rf"gpipe +{gpipe} ", out)
 
 
+def test_partition_of_many_layers_is_quick():
+    assert sum(partition([1.0] * 5000, 100)) == 5000
+    assert set(partition([1.0] * 5000, 100)) == {50}
+
+
+def test_a_file_says_itself_for_how_many_gpus_and_microbatches_it_is(program, tmp_path):
+    rows = [["0F0", "0F1", "0F2", "0B0", "0B1", "0B2"], ["1F0", "1B0", "1F1", "1B1", "1F2", "1B2"]]
+    with open(tmp_path / "three.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    flags = ["--schedule", tmp_path / "three.csv", "--batch_size", 9]
+    for command in (["profile"], ["balance"], ["export", tmp_path / "again.csv"]):
+        status, out, err = program(*command, *flags, "--comm_time", "1,2", "--num_batches", 1)
+        assert (status, err) == (0, "")
+        assert out
+
+
 def test_balance_measures_and_gains(capsys, monkeypatch):
     costs = [(4, 8), (3, 6), (2, 4), (1, 2), (1, 2), (1, 2), (1, 2), (1, 2)]
     monkeypatch.setattr(pipedream_lab, "measure_layers", lambda layers, config: costs)
@@ -439,7 +460,10 @@ def test_balance_measures_and_gains(capsys, monkeypatch):
     pipedream_lab.balance(config, 1)
     even, balanced = capsys.readouterr().out.splitlines()[-2:]
     assert even.split()[:5] == ["even", "2", "2", "2", "2"]
-    assert balanced.split()[:5] == ["balanced", "1", "1", "2", "4"]  # 12, 9, 9 and 12
+    name, *cells = balanced.split()
+    assert name == "balanced"
+    assert sum(map(int, cells[:4])) == 8
+    assert max(map(float, cells[4:8])) == 12  # the most expensive layer alone: it cannot be less
     assert even.split()[-1] == "1.00x"
     slowest, rest = 21, 9 + 6 + 6  # F and B of each stage: 21, 9, 6, 6
     assert even.split()[-3] == f"{4 * slowest + rest:.3g}"  # a batch of four: the slowest, and once
@@ -504,6 +528,22 @@ def test_compare_puts_a_file_beside_the_others(program, tmp_path):
     assert float(line.split()[-1]) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["x$\\frac{$.csv", "日本.csv"])
+def test_a_file_may_have_any_name(program, tmp_path, name):
+    (tmp_path / name).write_text("0F0,0B0\n")
+    flags = ["--num_batches", 1, "--layers_per_stage", 1, "--out", tmp_path]
+    status, _, err = program("compare", "--schedule", tmp_path / name, *flags)
+    assert (status, err) == (0, "")
+
+
+def test_an_export_through_a_link_leaves_the_link(program, tmp_path):
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    status, _, err = program("export", tmp_path / "link.csv")
+    assert (status, err) == (0, "")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "real.csv").is_file()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(program, monkeypatch, capsys, command):
     monkeypatch.setattr(sys, "argv", ["pipedream_lab.py", command, "--help"])
@@ -540,6 +580,16 @@ def test_export_trace_profile_and_balance_run_and_write(program, tmp_path):
         ["export"],
         ["export", "my.csv", "more"],
         ["export", "dir"],
+        ["export", ""],
+        ["export", "."],
+        ["trace", "/"],
+        ["trace", "/dev/null"],
+        ["balance", "--schedule", "interleaved"],
+        ["compare", "--chunks_per_gpu", 0],
+        [
+            *["export", "a.csv", "--schedule", "interleaved", "--layers_per_stage", 2500],
+            *["--chunks_per_gpu", 2500, "--num_microbatches", 2500, "--batch_size", 2500],
+        ],
         ["trace", "none/run.json"],
         ["export", "a.csv", "--schedule", "interleaved", "--num_microbatches", 2],
         ["export", "a.csv", "--schedule", "interleaved", "--chunks_per_gpu", 2],
