@@ -94,7 +94,7 @@ LAB_CONFIG = {  # besides that of pipedream_simple.py
 
 
 def interleaved(
-    device: int, num_devices: int, num_microbatches: int, num_batches: int, chunks_per_gpu: int = 2
+    device: int, num_devices: int, num_microbatches: int, num_batches: int, chunks_per_gpu: int
 ) -> Row:
     """1F1B on a network that goes round: device d holds the stages d, d + D, d + 2D ...
 
@@ -103,7 +103,7 @@ def interleaved(
     Megatron-LM (Narayanan et al., SC 2021), section 2.2.2.
 
     >>> from pipedream_simple import format_rows
-    >>> print(format_rows(interleaved(device, 2, 2, 1) for device in range(2)))  # D=2, M=2, V=2
+    >>> print(format_rows(interleaved(device, 2, 2, 1, 2) for device in range(2)))  # D=2, M=2, V=2
     GPU0: F0 F1 F0 F1 B0 B1 B0 B1
     GPU1: F0 F1 F0 B0 F1 B1 B0 B1
     """
@@ -269,12 +269,8 @@ def check_lab_config(config: dict) -> None:
     check_config(config)
 
 
-def with_sizes_of_file(config: dict) -> dict:
-    """If the schedule is a CSV file: the config with its number of GPUs and microbatches."""
-    name = config["schedule"]
-    if not isinstance(name, str) or not name.endswith(".csv"):
-        return config
-    rows = read_csv(Path(name))
+def with_sizes_of(rows: list[list[tuple[int, str, int]]], config: dict) -> dict:
+    """The config with as many GPUs and microbatches as these rows have."""
     count = 1 + max(m for row in rows for _, _, m in row)
     return {**config, "num_stages": len(rows), "num_microbatches": count}
 
@@ -296,7 +292,7 @@ def make_plan(config: dict, chunks_per_gpu: int) -> Plan:
         rows = [list(zb_h1(stage, *sizes)) for stage in range(config["num_stages"])]
     else:
         rows = read_csv(Path(name))
-        config = with_sizes_of_file(config)
+        config = with_sizes_of(rows, config)
         check_lab_config(config)
     config = spread_stages(config, rows)
     plan = Plan(name, config, repeat(rows, config))
@@ -873,7 +869,8 @@ def main() -> None:
     if name == "compare":
         parser.add_argument("--out", type=Path, metavar="DIR", help="folder for schedules.png")
     config, other = parse_config(parser, sys.argv[2:], check=lambda config: None)
-    config = with_sizes_of_file(config)
+    if isinstance(config["schedule"], str) and config["schedule"].endswith(".csv"):
+        config = with_sizes_of(read_csv(Path(config["schedule"])), config)
     check_lab_config(config)
     chunks = other.get("chunks_per_gpu", LAB_CONFIG["chunks_per_gpu"])
     if not is_whole(chunks, 1, 10**6):

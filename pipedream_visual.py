@@ -331,7 +331,7 @@ def microbatch_backward(config: dict) -> Figure:
         f"Microbatches, backward: {gpus_at_work(wave, config)}",
         "The last stage has the loss: there the gradients set out, and go back stage by stage.",
         f"Forward and backward take {makespan(events):.10g} time units at {utilization(events):.1%}"
-        " utilization. Then all stages update (a flush), and the next batch may start.",
+        " utilization. The wait for the whole batch is a flush: only then the next one starts.",
         faded="F",
     )
 
@@ -690,11 +690,8 @@ def tell_versions(
             "reads that. Old activations, new weights: no gradient of the loss.",
         ]
     made = ended[backward.stage, "U", forward.version]
-    kept = max(
-        end
-        for op, _, _, end in events
-        if op.stage == backward.stage and op.version == backward.version
-    )
+    read = backward.stage, backward.version
+    kept = next(life.end for life in lifetimes(schedule, events) if life[:2] == read)
     return "Weight stashing: every backward reads the weights that its forward read", [
         wait + "new weights come while some are in flight.",
         f"{gpu}, {f} read v{forward.version}; v{forward.version + 1} comes at t{made:.10g}; {b} "

@@ -113,6 +113,14 @@ def test_quiet_is_short_and_keeps_losses_measures_and_comparison(program):
     assert quiet.endswith(tail)
 
 
+def test_a_loss_that_grew_is_told_and_one_that_fell_is_not(program):
+    _, out, _ = program("--learning_rate 1000 --verbose False")
+    losses = [float(x) for x in re.findall(r"Loss (\d+\.\d+)", out)]
+    assert losses[-1] > losses[0]
+    assert "The loss grew: try a smaller learning_rate" in out
+    assert "The loss grew" not in program("--verbose False")[1]
+
+
 def test_the_version_lines_show_what_training_read(program):
     _, out, _ = program("--num_microbatches 1 --batch_size 8")
     line = next(line for line in out.splitlines() if line.startswith("MB4 "))
