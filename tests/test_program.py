@@ -114,7 +114,7 @@ def test_quiet_is_short_and_keeps_losses_measures_and_comparison(program):
 
 
 def test_a_loss_that_grew_is_told_and_one_that_fell_is_not(program):
-    _, out, _ = program("--learning_rate 1000 --verbose False")
+    _, out, _ = program("--learning_rate 0.8 --verbose False")
     losses = [float(x) for x in re.findall(r"Loss (\d+\.\d+)", out)]
     assert losses[-1] > losses[0]
     assert "The loss grew: try a smaller learning_rate" in out
