@@ -14,6 +14,7 @@ zb-h1, or a CSV file, and there is one more key, chunks_per_gpu. COMMAND --help 
 Read it from top to bottom: CONFIG, schedules, files, plan, then a room for each command.
 """
 
+import argparse
 import csv
 import itertools
 import json
@@ -851,6 +852,22 @@ FILES = {
 }  # commands that write the file that they are given
 
 
+def parse_lab_config(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> tuple[dict, int, dict]:
+    """The checked config, chunks_per_gpu, and what other flags said. A CSV file sets its sizes."""
+    help = f"stages on a GPU, for interleaved (now {LAB_CONFIG['chunks_per_gpu']})"
+    parser.add_argument("--chunks_per_gpu", "--chunks-per-gpu", type=int, metavar="X", help=help)
+    config, other = parse_config(parser, argv, check=lambda config: None)
+    if isinstance(config["schedule"], str) and config["schedule"].endswith(".csv"):
+        config = with_sizes_of(read_csv(Path(config["schedule"])), config)
+    check_lab_config(config)
+    chunks = other.pop("chunks_per_gpu", LAB_CONFIG["chunks_per_gpu"])
+    if not is_whole(chunks, 1, 10**6):
+        raise UserError(f"chunks_per_gpu={chunks!r} must be a whole number, 1 to 1,000,000")
+    return config, chunks, other
+
+
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("", "-h", "--help"):
@@ -861,20 +878,11 @@ def main() -> None:
         raise UserError(f"unknown command {name!r}{hint}")
     parser = make_parser(COMMANDS[name].__doc__)
     parser.prog = f"{Path(sys.argv[0]).name} {name}"
-    chunks = f"stages on a GPU, for interleaved (now {LAB_CONFIG['chunks_per_gpu']})"
-    names = "--chunks_per_gpu", "--chunks-per-gpu"
-    parser.add_argument(*names, type=int, metavar="X", help=chunks)
     if name in FILES:
         parser.add_argument("file", type=Path, metavar=FILES[name], help="the file to write")
     if name == "compare":
         parser.add_argument("--out", type=Path, metavar="DIR", help="folder for schedules.png")
-    config, other = parse_config(parser, sys.argv[2:], check=lambda config: None)
-    if isinstance(config["schedule"], str) and config["schedule"].endswith(".csv"):
-        config = with_sizes_of(read_csv(Path(config["schedule"])), config)
-    check_lab_config(config)
-    chunks = other.get("chunks_per_gpu", LAB_CONFIG["chunks_per_gpu"])
-    if not is_whole(chunks, 1, 10**6):
-        raise UserError(f"chunks_per_gpu={chunks!r} must be a whole number, 1 to 1,000,000")
+    config, chunks, other = parse_lab_config(parser, sys.argv[2:])
     extra = [other["file"]] if name in FILES else []
     if name == "compare":
         extra = [other.get("out", Path())]

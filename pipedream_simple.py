@@ -943,6 +943,12 @@ def format_batch(
     return "\n".join(lines)
 
 
+def batches_shown(num_batches: int) -> list[int]:
+    """The batches that get a line: of a long run only every so many, and the last."""
+    step = math.ceil(num_batches / 20)
+    return sorted({*range(0, num_batches, step), num_batches - 1})
+
+
 def format_loss(batch: int, run: Run) -> str:
     """The one line that is left of a batch."""
     return f"Batch {batch + 1}: Loss {run.losses[batch]:.4f} (weights v{batch} → v{batch + 1})"
@@ -1228,8 +1234,7 @@ def main() -> None:
     unstashed = config["schedule"] == "pipedream" and not config["weight_stashing"]
     audit = GradientAudit(config) if unstashed else None
     gradient_error = audit.error if audit else {}
-    step = math.ceil(num_batches / 20)
-    shown = {*range(0, num_batches, step), num_batches - 1}  # of a long run only every so many
+    shown = batches_shown(num_batches)
 
     def on_batch(batch: int, run: Run) -> None:
         if not verbose and batch in shown:
@@ -1247,7 +1252,7 @@ def main() -> None:
     run = train(config, on_batch=on_batch, watch=audit)
     if verbose:
         print(f"\nTraining results ({num_batches} batches):")
-        print("\n".join(f"- {format_loss(batch, run)}" for batch in sorted(shown)))
+        print("\n".join(f"- {format_loss(batch, run)}" for batch in shown))
     print("\n📊 WHAT THE SIMULATION MEASURED")
     print(format_measures(config, schedule, events, run, gradient_error, width))
     print("\n📊 ALL SCHEDULES AT THIS CONFIG")

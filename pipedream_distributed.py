@@ -1,0 +1,637 @@
+#!/usr/bin/env python3
+"""From simulation to real processes: the same rows, one process a GPU, on PyTorch's own engine.
+
+    python pipedream_distributed.py                         starts torchrun, with a process a GPU
+    torchrun --nproc-per-node 4 pipedream_distributed.py    the same, started by hand
+    python pipedream_distributed.py --schedule zb-h1        any schedule of the lab, or a CSV file
+    python pipedream_distributed.py --num_stages 2 --hidden_size 1024 --batch_size 1024
+                                                            enough work to see a speed-up
+
+CONFIG and its flags are those of pipedream_simple.py. Every process takes a GPU, or if there are
+not enough of them a share of the CPU, and runs its row of the schedule on
+torch.distributed.pipelining, the engine of PyTorch: that computes, sends and receives. Then rank 0
+does the same in one process and compares: the order of all operations, the weight versions that
+they read, losses and weights, to the bit; and the time it took with the time that was simulated.
+
+Read it from top to bottom: stage, engine, one process of many, proof, clock, faults, main.
+"""
+
+import copy
+import itertools
+import logging
+import os
+import re
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import schedules as engines
+from torch.distributed.run import main as torchrun
+from torch.nn.functional import cross_entropy
+
+from pipedream_lab import Plan, make_plan, measure_stages, now, parse_lab_config
+from pipedream_simple import (
+    Op,
+    Run,
+    UserError,
+    Weights,
+    batches_shown,
+    build_stages,
+    format_loss,
+    format_table,
+    is_number,
+    is_whole,
+    make_batches,
+    make_parser,
+    makespan,
+    run_main,
+    schedule_name,
+    simulate,
+    train,
+)
+
+# -------------------------------------------------------------------------------------- stage
+
+
+class VersionedStage(PipelineStage):
+    """PyTorch's stage knows one set of weights. This one keeps versions, as PipeDream needs them.
+
+    A version is a module with parameters of its own. The engine works on self.submod: before every
+    operation that becomes the version which it has to read. An update makes a new module and leaves
+    the old ones alone, so nothing changes under the graph that a forward has left.
+
+    pins    batch -> the version that it reads here. A batch that is not in it is pinned by its
+            first forward, to the newest version that there is by then (weight stashing)
+    done    what this rank did so far, operation by operation
+    first   the microbatch with which the engine's step begins: it counts from 0 in every step
+    """
+
+    def __init__(
+        self, stage: int, config: dict, device: torch.device, pins: dict[int, int], done: list[Op]
+    ):
+        self.module = build_stages(config)[stage].to(device)
+        self.empty = copy.deepcopy(self.module).to("meta")  # layers with no memory for weights
+        self.num_microbatches = config["num_microbatches"]
+        self.learning_rate = config["learning_rate"]
+        self.pins_at_start, self.done = pins, done
+        size = config["batch_size"] // self.num_microbatches
+        last = stage == config["num_stages"] - 1
+        width_in = config["hidden_size"] if stage > 0 else 64
+        width_out = config["hidden_size"] if not last else 10
+        # The engine is told what comes in and goes out, or else it finds out by one more forward.
+        super().__init__(
+            self.module,
+            stage,
+            config["num_stages"],
+            device,
+            input_args=torch.empty(size, width_in, device=device, requires_grad=stage > 0),
+            output_args=torch.empty(size, width_out, device=device, requires_grad=True),
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to version 0, as if nothing had happened."""
+        self.first, self.backwards, self.newest, self.peak_versions = 0, 0, 0, 1
+        self.versions = {0: copy.deepcopy(self.module)}
+        self.pins = dict(self.pins_at_start)
+
+    def begin(self, kind: str, chunk: int) -> None:
+        """Give the engine the weights that this operation has to read."""
+        microbatch = self.first + chunk
+        version = self.pins.setdefault(microbatch // self.num_microbatches, self.newest)
+        self.submod = self.versions[version]
+        self.done.append(Op(self.stage_index, kind, microbatch, version))
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args, **kwargs):
+        self.begin("F", fwd_chunk_id)
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, **kwargs
+    ) -> None:
+        self.begin("B" if full_backward else "I", bwd_chunk_id)
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, **kwargs)
+        if full_backward:
+            if loss is not None:  # the engine keeps the losses, their graphs would keep weights
+                loss.detach_()
+            self.count_backward()
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, **kwargs) -> None:
+        self.begin("W", bwd_chunk_id)
+        super().backward_weight_one_chunk(bwd_chunk_id, **kwargs)
+        self.count_backward()
+
+    def count_backward(self) -> None:
+        """After the last backward of a batch: update, and forget what no batch needs any more."""
+        self.backwards += 1
+        if self.backwards % self.num_microbatches == 0:
+            op = self.done[-1]
+            del self.pins[op.microbatch // self.num_microbatches]
+            self.update(self.versions[op.version])
+            self.done.append(op._replace(kind="U", version=self.newest))
+            self.newest += 1
+            needed = {self.newest, *self.pins.values()}
+            self.versions = {v: module for v, module in self.versions.items() if v in needed}
+            self.peak_versions = max(self.peak_versions, len(self.versions))
+
+    @torch.no_grad()
+    def update(self, read: nn.Module) -> None:
+        """W(v+1) = W(v) - learning_rate * (all gradients of the batch, at the version it read)."""
+        weights = dict(self.versions[self.newest].named_parameters())
+        for name, source in read.named_parameters():
+            gradient, source.grad = source.grad, None
+            # Into the memory of the gradient, which nobody needs any more.
+            torch.sub(weights[name], gradient, alpha=self.learning_rate, out=gradient)
+            weights[name] = gradient
+        new = copy.deepcopy(self.empty)
+        new.load_state_dict(weights, assign=True)
+        self.versions[self.newest + 1] = new
+
+
+# ------------------------------------------------------------------------------------- engine
+#
+# PyTorch has a runtime that takes any schedule as data, under private names: only this room touches
+# them. Its public classes (ScheduleGPipe, Schedule1F1B ...) are made of a schedule that they know.
+
+
+def check_engine() -> None:
+    """Raise a UserError unless this PyTorch has all that make_engine needs."""
+    runtime = getattr(engines, "_PipelineScheduleRuntime", None)
+    names = "_prepare_schedule_with_comms", "_validate_and_set_stage_mapping"
+    if not hasattr(engines, "_Action") or not all(hasattr(runtime, name) for name in names):
+        raise UserError(
+            f"torch {torch.__version__} has no engine that runs a schedule given as data: "
+            "torch 2.13 has it"
+        )
+
+
+def make_engine(plan: Plan, stages: list[VersionedStage]):
+    """PyTorch's runtime for the stages of this rank, and the rows that one step of it runs."""
+    num_microbatches = microbatches_in_step(plan)
+
+    def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(logits, labels) / plan.config["num_microbatches"]
+
+    # Not scale_grads: that would divide by the microbatches of a step, and the loss is divided.
+    engine = engines._PipelineScheduleRuntime(
+        stages, num_microbatches, loss_fn=loss_of, scale_grads=False
+    )
+    rows = {}
+    for rank, row in enumerate(plan.schedule):
+        ops = (op for op in row if op.kind != "U" and op.microbatch < num_microbatches)
+        rows[rank] = [engines._Action.from_str(str(op)) for op in ops]  # 2F0: the same notation
+    engine._prepare_schedule_with_comms(rows)  # adds what has to be sent and received
+    return engine
+
+
+def microbatches_in_step(plan: Plan) -> int:
+    """A step of the engine is a batch; without a flush it is the whole stream of microbatches."""
+    count, num_batches = plan.config["num_microbatches"], plan.config["num_batches"]
+    return count * num_batches if plan.config["schedule"] == "pipedream" else count
+
+
+# ------------------------------------------------------------------------ one process of many
+
+
+class Report(NamedTuple):
+    """What a rank has to tell at the end."""
+
+    done: list[Op]  # what it ran, in order
+    losses: list[float]  # of the microbatches, from the rank that has the last stage
+    weights: dict[int, Weights]  # stage -> after the last update
+    peak_versions: dict[int, int]  # stage -> the most versions alive at once
+    seconds: list[float]  # of each run
+
+
+def run_rank(plan: Plan, device: torch.device, num_runs: int = 1) -> Report:
+    """Train on this rank's row of the schedule; several times, each from the start, to time it."""
+    config, row = plan.config, plan.schedule[dist.get_rank()]
+    pins = {}
+    if config["vertical_sync"]:  # a batch reads the version that stage 0 read, on every stage
+        pins = {op.microbatch // config["num_microbatches"]: op.version for op in plan.schedule[0]}
+    done: list[Op] = []
+    mine = sorted({op.stage for op in row})
+    stages = [VersionedStage(stage, config, device, pins, done) for stage in mine]
+    engine = make_engine(plan, stages)
+    x, y = (torch.cat(part).to(device) for part in zip(*make_batches(config), strict=True))
+    num_images = microbatches_in_step(plan) * config["batch_size"] // config["num_microbatches"]
+    inputs = x.split(num_images) if stages[0].is_first else itertools.repeat(None)
+
+    seconds = []
+    for _ in range(num_runs):
+        losses: list[Tensor] = []
+        done.clear()
+        for stage in stages:
+            stage.reset()
+        meet()
+        start = now(device)
+        for x_part, y_part in zip(inputs, y.split(num_images), strict=False):
+            of_step: list[Tensor] = []
+            given = () if x_part is None else (x_part,)
+            engine.step(*given, target=y_part, losses=of_step, return_outputs=False)
+            losses += of_step
+            for stage in stages:
+                stage.first += microbatches_in_step(plan)
+        seconds.append(now(device) - start)
+    return Report(
+        list(done),
+        [loss.item() for loss in losses],
+        {stage.stage_index: weights_of(stage.versions[stage.newest]) for stage in stages},
+        {stage.stage_index: stage.peak_versions for stage in stages},
+        seconds,
+    )
+
+
+def weights_of(module: nn.Module) -> Weights:
+    return {name: w.detach().cpu() for name, w in module.named_parameters()}
+
+
+def meet() -> None:
+    """Wait until all ranks are here."""
+    dist.all_reduce(torch.zeros(1))
+
+
+def gather(report: Report) -> list[Report]:
+    """The reports of all ranks on rank 0, an empty list on the others."""
+    reports = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(report, reports)
+    return reports or []
+
+
+def as_run(reports: list[Report], plan: Plan) -> Run:
+    """What all ranks did together, in the form in which the simulation tells what it did."""
+    count, num_batches = plan.config["num_microbatches"], plan.config["num_batches"]
+    losses = [loss for report in reports for loss in report.losses]
+    weights = {stage: w for report in reports for stage, w in report.weights.items()}
+    peaks = {stage: peak for report in reports for stage, peak in report.peak_versions.items()}
+    ops = [op for report in reports for op in report.done if op.kind != "U"]
+    return Run(
+        losses=[sum(losses[b * count : (b + 1) * count]) for b in range(num_batches)],
+        newest=[num_batches] * len(weights),
+        peak_versions=[peak for _, peak in sorted(peaks.items())],
+        versions_read={op[:3]: op.version for op in ops},
+        weights=[w for _, w in sorted(weights.items())],
+    )
+
+
+# -------------------------------------------------------------------------------------- proof
+
+
+def compare_runs(reports: list[Report], plan: Plan, device: torch.device) -> tuple[str, bool]:
+    """Is it what pipedream_simple.py does on one device? In words, and in short."""
+    real = as_run(reports, plan)
+    config = {**plan.config, "device": str(device)}
+    simulated = train(config, schedule=plan.schedule)
+    in_order = [report.done for report in reports] == plan.schedule
+    same_versions = real.versions_read == simulated.versions_read
+    same_peaks = real.peak_versions == simulated.peak_versions
+    differences = []
+    for ours, theirs in zip(real.weights, simulated.weights, strict=True):
+        pairs = [(ours[name], theirs[name].detach().cpu()) for name in ours]
+        same_bits = all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in pairs)
+        differences.append(0.0 if same_bits else max((a - b).abs().max().item() for a, b in pairs))
+    close = all(difference < 1e-4 for difference in differences)  # not if it is not a number
+    table = [
+        [
+            "operations, in the order of the schedule",
+            f"all {sum(map(len, plan.schedule))}" if in_order else "NOT ALL",
+        ],
+        [
+            "weight versions that they read, equal",
+            f"all {len(real.versions_read)}" if same_versions else "NOT ALL",
+        ],
+        [
+            "weight versions alive at the peak, stage by stage",
+            " ".join(map(str, real.peak_versions)) + (" (equal)" if same_peaks else " NOT EQUAL"),
+        ],
+        [
+            "largest difference of a loss",
+            f"{max(abs(a - b) for a, b in zip(real.losses, simulated.losses, strict=True)):.1g}",
+        ],
+        [
+            "largest difference of a weight, stage by stage",
+            " ".join(f"{difference:.1g}" for difference in differences)
+            + (" (equal to the bit)" if not any(differences) else "" if close else " NOT EQUAL"),
+        ],
+    ]
+    return "\n".join(format_table(table)), in_order and same_versions and same_peaks and close
+
+
+# -------------------------------------------------------------------------------------- clock
+
+
+def one_process(config: dict, num_runs: int) -> list[float]:
+    """Seconds for the same batches in one process, as one writes it without a pipeline."""
+    device = torch.device(config["device"])
+    network = nn.Sequential(*build_stages(config)).to(device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=config["learning_rate"])
+    count = config["num_microbatches"]
+    data = [(x.to(device).chunk(count), y.to(device).chunk(count)) for x, y in make_batches(config)]
+    seconds = []
+    for _ in range(num_runs):
+        start = now(device)
+        for parts in data:
+            for x, y in zip(*parts, strict=True):
+                (cross_entropy(network(x), y) / count).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds.append(now(device) - start)
+    return seconds
+
+
+def simulated_time(plan: Plan, device: torch.device) -> tuple[float, float]:
+    """Milliseconds of a batch, with the measured times of every stage: pipelined, one after all."""
+    config = {**plan.config, "device": str(device)}
+    forward, backward = measure_stages(config)
+    measured = {**config, "forward_time": forward, "backward_time": backward, "comm_time": 0}
+    batch = makespan(simulate(plan.schedule, measured)) / config["num_batches"]
+    return batch, config["num_microbatches"] * sum(forward + backward)
+
+
+def format_clock(reports: list[Report], plan: Plan, device: torch.device) -> str:
+    """The time of a batch as it was, as simulated, and in one process."""
+    num_batches, processes = plan.config["num_batches"], len(reports)
+    runs = [max(took) for took in zip(*(report.seconds for report in reports), strict=True)][1:]
+    alone = one_process({**plan.config, "device": str(device)}, len(runs) + 1)[1:]
+    simulated, simulated_alone = simulated_time(plan, device)
+    one, real = (1000 * statistics.median(took) / num_batches for took in (alone, runs))
+    lowest, highest = (1000 * took / num_batches for took in (min(runs), max(runs)))
+    spread = f"{real:.4g} ({lowest:.4g} to {highest:.4g})"
+    table = [
+        ["", "ms a batch", "speed-up"],
+        ["one process", f"{one:.4g}", "1.00x"],
+        [f"{processes} processes", spread, f"{one / real:.2f}x"],
+        ["simulated", f"{simulated:.4g}", f"{simulated_alone / simulated:.2f}x"],
+    ]
+    lines = [
+        *format_table(table),
+        f"   Real time: median of {len(runs)} runs after one to warm up (lowest to highest).",
+        "   Simulated: from each stage's forward and backward, measured while nothing else",
+        "   ran; without sending, updates, and the engine's own work for each operation.",
+    ]
+    if device.type == "cpu" and num_cores() < processes:
+        shared = f"{processes} processes share {num_cores()} cores and take turns"
+        lines.append(f"   {shared}: no speed-up can show.")
+    elif real > 1.5 * simulated:
+        lines.append("   Here that is most of it: --hidden_size 1024 --batch_size 1024 gives")
+        lines.append("   the operations more to do.")
+    return "\n".join(lines)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ------------------------------------------------------------------------------------- faults
+#
+# When a rank dies or stalls, others wait for it, and others for these: who waits does not know for
+# whom. So everybody who has waited in vain says so in the store, and who says nothing is the one.
+
+
+class Watch:
+    """Ends the job, and says which rank is to blame, when a rank does not answer any more.
+
+    timeout     seconds: a rank waits two thirds of it for another one, and when that was in vain
+                up to one third for all who wait to say so
+    """
+
+    def __init__(self, rank: int, world_size: int, timeout: float):
+        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+        self.patience = timedelta(seconds=timeout * 2 / 3)
+        self.store, *_ = next(dist.rendezvous("env://", timeout=self.patience))
+        self.store.set(f"process {rank}", f"{os.getpid()} {socket.gethostname()}")
+
+    @contextmanager
+    def over(self) -> Iterator[None]:
+        """Around all that waits for other ranks."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not re.search("gloo|NCCL|timed? ?out|connect|socket|store", str(error), re.I):
+                raise
+            self.blame(str(error))
+
+    def blame(self, error: str) -> NoReturn:
+        """Say that this rank has waited in vain, find out who does not, and end the job."""
+        deadline = time.monotonic() + self.timeout / 3
+        try:
+            self.store.set(f"in vain {self.rank}", "")
+            everybody = range(self.world_size)
+            while True:
+                silent = [r for r in everybody if not self.store.check([f"in vain {r}"])]
+                if len(silent) <= 1 or time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+            if self.rank == min(set(everybody) - set(silent)):  # one speaks for all
+                self.end(silent)
+            else:
+                time.sleep(1)
+        except RuntimeError:  # the store is gone too
+            print(f"rank {self.rank}: the others are gone: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
+
+    def end(self, silent: list[int]) -> None:
+        """Name the silent ranks, and kill those on this machine: one that is stopped stays."""
+        ranks = " and ".join(f"rank {rank}" for rank in silent) or "no rank"
+        print(
+            f"{Path(__file__).name}: {ranks} did not answer within --timeout {self.timeout:g} s: "
+            "dead, stopped or stuck; the job ends",
+            file=sys.stderr,
+        )
+        for rank in silent:
+            pid, host = self.store.get(f"process {rank}").decode().split(maxsplit=1)
+            if host == socket.gethostname():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+
+    def meet_until(self, finished: threading.Event | None) -> None:
+        """All ranks meet again and again until rank 0 has finished, so that nobody waits unseen."""
+        with self.over():
+            over = torch.zeros(1)
+            while not over:
+                if finished:
+                    over += finished.wait(self.timeout / 20)
+                dist.all_reduce(over)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Around what rank 0 does while the others have nothing to do."""
+        finished = threading.Event()
+        company = threading.Thread(target=self.meet_until, args=[finished], daemon=True)
+        company.start()
+        yield
+        finished.set()
+        company.join()
+
+
+# --------------------------------------------------------------------------------------- main
+
+MAX_PROCESSES = 16  # that this program starts by itself
+
+
+def place(config: dict, local_rank: int, processes_here: int) -> torch.device:
+    """The device of a rank: a GPU of its own, if every process on this machine can have one."""
+    name, num_gpus = config["device"], torch.cuda.device_count()
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={name!r} is one GPU, and every process needs its own: try cuda")
+    if name == "cuda" and num_gpus < processes_here:
+        raise UserError(
+            f"device='cuda': {processes_here} processes need a GPU each, torch finds {num_gpus}: "
+            "try cpu"
+        )
+    if name == "cpu" or num_gpus < processes_here:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def check_all(config: dict, chunks_per_gpu: int, other: dict) -> Plan:
+    """The plan, and a UserError for what can be known to fail before a process group is made."""
+    timeout, repeats = other.get("timeout", 60), other.get("repeats", 3)
+    if not is_number(timeout) or not 1 <= timeout <= 86400:
+        raise UserError(f"timeout={timeout!r} must be a number of seconds, 1 to 86,400")
+    if not is_whole(repeats, 1, 1000):
+        raise UserError(f"repeats={repeats!r} must be a whole number, 1 to 1,000")
+    if not config["weight_stashing"]:
+        raise UserError(
+            "weight_stashing=False is only for the simulation: PyTorch does not let weights change "
+            "under a graph"
+        )
+    if not dist.is_available() or not dist.is_gloo_available():
+        raise UserError("this PyTorch has no gloo, through which the processes would talk")
+    check_engine()
+    return make_plan(config, chunks_per_gpu)
+
+
+def check_place(plan: Plan, world_size: int) -> None:
+    """Raise a UserError unless there are as many processes as the schedule has rows."""
+    needed = len(plan.schedule)
+    if world_size != needed:
+        raise UserError(
+            f"WORLD_SIZE={world_size}, but the schedule {plan.name} is for {needed} processes: try "
+            f"torchrun --nproc-per-node {needed}"
+        )
+
+
+def from_torchrun(name: str) -> int:
+    """What torchrun tells a process by its environment."""
+    try:
+        return int(os.environ[name])
+    except (KeyError, ValueError):
+        raise UserError(f"RANK is set, but {name} is no number: start it with torchrun") from None
+
+
+def launch(num_processes: int) -> None:
+    """Be torchrun: start this file in so many processes, and end all of them if one fails."""
+    if num_processes > MAX_PROCESSES:
+        raise UserError(
+            f"{num_processes} processes are more than the {MAX_PROCESSES} that this starts by "
+            f"itself: try torchrun --nproc-per-node {num_processes}"
+        )
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.disable()  # torchrun would tell every step of the end; here one line does
+    try:
+        torchrun(["--standalone", f"--nproc-per-node={num_processes}", __file__, *sys.argv[1:]])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            how = signal.Signals(-failure.exitcode).name
+            print(f"{Path(__file__).name}: rank {rank} was ended by {how}", file=sys.stderr)
+        sys.exit(1)
+    except SignalException:
+        raise KeyboardInterrupt from None
+
+
+def format_start(plan: Plan, device: torch.device) -> str:
+    name, keeps = schedule_name(plan.config)
+    processes = len(plan.schedule)
+    where = f"gloo, {num_cores()} cores, {torch.get_num_threads()} thread(s) each"
+    if device.type == "cuda":
+        where = f"nccl, on GPUs: {torch.cuda.get_device_name(device)}"
+    return f"""\
+🚀 {name} on {processes} real processes ({where})
+Engine: torch.distributed.pipelining of torch {torch.__version__}
+Pipeline stages: {plan.config["num_stages"]}
+Microbatches: {plan.config["num_microbatches"]}
+Schedule: {plan.name} ({keeps})
+"""
+
+
+def run_process(plan: Plan, device: torch.device, timeout: float, repeats: int) -> None:
+    """One process of many, from the first handshake to the end."""
+    rank, world_size = from_torchrun("RANK"), from_torchrun("WORLD_SIZE")
+    watch = Watch(rank, world_size, timeout)
+    if rank == 0:
+        print(format_start(plan, device), flush=True)
+    with watch.over():
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        group = {"store": watch.store, "rank": rank, "world_size": world_size}
+        dist.init_process_group(backend, **group, timeout=watch.patience)
+        reports = gather(run_rank(plan, device, num_runs=1 + repeats))
+    equal = True
+    if rank > 0:
+        watch.meet_until(None)
+    else:
+        with watch.alone():
+            equal = tell(reports, plan, device)
+    dist.destroy_process_group()
+    if not equal:
+        sys.exit(1)
+
+
+def tell(reports: list[Report], plan: Plan, device: torch.device) -> bool:
+    """Print what came out; is it the same as in one process?"""
+    run = as_run(reports, plan)
+    print(f"Training results ({plan.config['num_batches']} batches):")
+    print("\n".join(f"- {format_loss(b, run)}" for b in batches_shown(plan.config["num_batches"])))
+    proof, equal = compare_runs(reports, plan, device)
+    print("\n✅ THE SAME AS IN ONE PROCESS" if equal else "\n❌ NOT THE SAME AS IN ONE PROCESS")
+    print(proof, flush=True)
+    print("\n📊 REAL AND SIMULATED TIME")
+    print(format_clock(reports, plan, device), flush=True)
+    return equal
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    help = "seconds within which the job ends when a rank dies or stalls (now 60)"
+    parser.add_argument("--timeout", type=float, metavar="X", help=help)
+    help = "timed runs, after one to warm up (now 3)"
+    parser.add_argument("--repeats", type=int, metavar="X", help=help)
+    is_rank = "RANK" in os.environ
+    try:
+        config, chunks, other = parse_lab_config(parser)
+        plan = check_all(config, chunks, other)
+        if is_rank:
+            check_place(plan, from_torchrun("WORLD_SIZE"))
+        processes_here = from_torchrun("LOCAL_WORLD_SIZE") if is_rank else len(plan.schedule)
+        device = place(config, from_torchrun("LOCAL_RANK") if is_rank else 0, processes_here)
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":  # rank 0 says it
+            sys.exit(2)
+        raise
+    if not is_rank:
+        return launch(len(plan.schedule))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once and without a word: torchrun says it
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    run_process(plan, device, other.get("timeout", 60), other.get("repeats", 3))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
