@@ -22,7 +22,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import statistics
 import sys
 import threading
@@ -169,13 +168,14 @@ class VersionedStage(PipelineStage):
 
 
 def check_engine() -> None:
-    """Raise a UserError unless this PyTorch has all that make_engine needs."""
+    """Raise a UserError unless this PyTorch has all that make_engine needs, and in working order."""
     runtime = getattr(engines, "_PipelineScheduleRuntime", None)
-    names = "_prepare_schedule_with_comms", "_validate_and_set_stage_mapping"
-    if not hasattr(engines, "_Action") or not all(hasattr(runtime, name) for name in names):
+    found = [hasattr(engines, "_Action"), hasattr(engines, "_add_send_recv")]
+    found += [hasattr(runtime, "_prepare_schedule_with_comms")]
+    if not all(found) or torch.__version__ < "2.13":  # 2.9 has the names, but fails on gloo
         raise UserError(
-            f"torch {torch.__version__} has no engine that runs a schedule given as data: "
-            "torch 2.13 has it"
+            f"torch {torch.__version__} has no engine that runs a schedule given as data, as "
+            "torch 2.13 has"
         )
 
 
@@ -186,15 +186,21 @@ def make_engine(plan: Plan, stages: list[VersionedStage]):
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(logits, labels) / plan.config["num_microbatches"]
 
-    # Not scale_grads: that would divide by the microbatches of a step, and the loss is divided.
+    rows = {
+        rank: [op for op in row if op.kind != "U" and op.microbatch < num_microbatches]
+        for rank, row in enumerate(plan.schedule)
+    }
+    rank_of = {op.stage: rank for rank, row in rows.items() for op in row}
+    # It reads the notation that str(op) writes: 2F0 is forward of microbatch 0 on stage 2.
+    rows = {rank: [engines._Action.from_str(str(op)) for op in row] for rank, row in rows.items()}
+    rows = engines._add_send_recv(rows, rank_of.__getitem__, plan.config["num_stages"])
     engine = engines._PipelineScheduleRuntime(
-        stages, num_microbatches, loss_fn=loss_of, scale_grads=False
+        stages,
+        num_microbatches,
+        loss_fn=loss_of,
+        scale_grads=False,  # it would divide by the microbatches of a step: the loss is divided
     )
-    rows = {}
-    for rank, row in enumerate(plan.schedule):
-        ops = (op for op in row if op.kind != "U" and op.microbatch < num_microbatches)
-        rows[rank] = [engines._Action.from_str(str(op)) for op in ops]  # 2F0: the same notation
-    engine._prepare_schedule_with_comms(rows)  # adds what has to be sent and received
+    engine._prepare_schedule_with_comms(rows, format="compute_comms")
     return engine
 
 
@@ -370,16 +376,17 @@ def format_clock(reports: list[Report], plan: Plan, device: torch.device) -> str
     simulated, simulated_alone = simulated_time(plan, device)
     one, real = (1000 * statistics.median(took) / num_batches for took in (alone, runs))
     lowest, highest = (1000 * took / num_batches for took in (min(runs), max(runs)))
-    spread = f"{real:.4g} ({lowest:.4g} to {highest:.4g})"
+    spread = f" ({lowest:.4g} to {highest:.4g})" if len(runs) > 1 else ""
     table = [
         ["", "ms a batch", "speed-up"],
         ["one process", f"{one:.4g}", "1.00x"],
-        [f"{processes} processes", spread, f"{one / real:.2f}x"],
+        [f"{processes} processes", f"{real:.4g}{spread}", f"{one / real:.2f}x"],
         ["simulated", f"{simulated:.4g}", f"{simulated_alone / simulated:.2f}x"],
     ]
+    runs_are = f"median of {len(runs)} runs (lowest to highest)" if spread else "of one run"
     lines = [
         *format_table(table),
-        f"   Real time: median of {len(runs)} runs after one to warm up (lowest to highest).",
+        f"   Real time: {runs_are} after one to warm up, which is not counted.",
         "   Simulated: from each stage's forward and backward, measured while nothing else",
         "   ran; without sending, updates, and the engine's own work for each operation.",
     ]
@@ -414,7 +421,6 @@ class Watch:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.patience = timedelta(seconds=timeout * 2 / 3)
         self.store, *_ = next(dist.rendezvous("env://", timeout=self.patience))
-        self.store.set(f"process {rank}", f"{os.getpid()} {socket.gethostname()}")
 
     @contextmanager
     def over(self) -> Iterator[None]:
@@ -454,11 +460,8 @@ class Watch:
             "dead, stopped or stuck; the job ends",
             file=sys.stderr,
         )
-        for rank in silent:
-            pid, host = self.store.get(f"process {rank}").decode().split(maxsplit=1)
-            if host == socket.gethostname():
-                with suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+        for pid in itertools.chain(*map(processes_of, silent)):
+            os.kill(pid, signal.SIGKILL)
 
     def meet_until(self, finished: threading.Event | None) -> None:
         """All ranks meet again and again until rank 0 has finished, so that nobody waits unseen."""
@@ -478,6 +481,25 @@ class Watch:
         yield
         finished.set()
         company.join()
+
+
+def processes_of(rank: int) -> Iterator[int]:
+    """The processes of a rank of this job on this machine. Only Linux tells.
+
+    Elsewhere torchrun ends them: it gives a stopped one 30 seconds.
+    """
+    job = {f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT")}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # not ours, or it has just ended
+            if job | {f"RANK={rank}"} <= {*path.read_text(errors="replace").split("\0")}:
+                yield int(path.parent.name)
+
+
+def end_with(parent: int) -> None:
+    """End this process when torchrun is gone: nobody else would, if it hung."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 # --------------------------------------------------------------------------------------- main
@@ -543,8 +565,11 @@ def launch(num_processes: int) -> None:
             f"{num_processes} processes are more than the {MAX_PROCESSES} that this starts by "
             f"itself: try torchrun --nproc-per-node {num_processes}"
         )
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.disable()  # torchrun would tell every step of the end; here one line does
+    defaults = {
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # when the job fails, one line says why
+    }
+    os.environ |= {name: os.environ.get(name, value) for name, value in defaults.items()}
     try:
         torchrun(["--standalone", f"--nproc-per-node={num_processes}", __file__, *sys.argv[1:]])
     except ChildFailedError as error:
@@ -613,6 +638,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, metavar="X", help=help)
     help = "timed runs, after one to warm up (now 3)"
     parser.add_argument("--repeats", type=int, metavar="X", help=help)
+    logging.disable()  # when a rank fails, PyTorch would print the whole schedule
     is_rank = "RANK" in os.environ
     try:
         config, chunks, other = parse_lab_config(parser)
@@ -628,6 +654,8 @@ def main() -> None:
     if not is_rank:
         return launch(len(plan.schedule))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once and without a word: torchrun says it
+    if dist.is_torchelastic_launched():
+        threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     run_process(plan, device, other.get("timeout", 60), other.get("repeats", 3))
