@@ -19,6 +19,7 @@ Read it from top to bottom: stage, engine, one process of many, proof, clock, fa
 import copy
 import itertools
 import logging
+import math
 import os
 import re
 import signal
@@ -228,7 +229,8 @@ def run_rank(plan: Plan, device: torch.device, num_runs: int = 1) -> Report:
     config, row = plan.config, plan.schedule[dist.get_rank()]
     pins = {}
     if config["vertical_sync"]:  # a batch reads the version that stage 0 read, on every stage
-        pins = {op.microbatch // config["num_microbatches"]: op.version for op in plan.schedule[0]}
+        forwards = (op for op in plan.schedule[0] if op.kind == "F")
+        pins = {op.microbatch // config["num_microbatches"]: op.version for op in forwards}
     done: list[Op] = []
     mine = sorted({op.stage for op in row})
     stages = [VersionedStage(stage, config, device, pins, done) for stage in mine]
@@ -298,43 +300,39 @@ def as_run(reports: list[Report], plan: Plan) -> Run:
 
 
 def compare_runs(reports: list[Report], plan: Plan, device: torch.device) -> tuple[str, bool]:
-    """Is it what pipedream_simple.py does on one device? In words, and in short."""
+    """What pipedream_simple.py does on one device, beside what the ranks did: a table; is it equal?
+
+    Order and versions must be the same, losses and weights as well, but for rounding on GPUs.
+    """
     real = as_run(reports, plan)
-    config = {**plan.config, "device": str(device)}
-    simulated = train(config, schedule=plan.schedule)
+    simulated = train({**plan.config, "device": str(device)}, schedule=plan.schedule)
     in_order = [report.done for report in reports] == plan.schedule
     same_versions = real.versions_read == simulated.versions_read
     same_peaks = real.peak_versions == simulated.peak_versions
-    differences = []
-    for ours, theirs in zip(real.weights, simulated.weights, strict=True):
-        pairs = [(ours[name], theirs[name].detach().cpu()) for name in ours]
-        same_bits = all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in pairs)
-        differences.append(0.0 if same_bits else max((a - b).abs().max().item() for a, b in pairs))
-    close = all(difference < 1e-4 for difference in differences)  # not if it is not a number
-    table = [
-        [
-            "operations, in the order of the schedule",
-            f"all {sum(map(len, plan.schedule))}" if in_order else "NOT ALL",
-        ],
-        [
-            "weight versions that they read, equal",
-            f"all {len(real.versions_read)}" if same_versions else "NOT ALL",
-        ],
-        [
-            "weight versions alive at the peak, stage by stage",
-            " ".join(map(str, real.peak_versions)) + (" (equal)" if same_peaks else " NOT EQUAL"),
-        ],
-        [
-            "largest difference of a loss",
-            f"{max(abs(a - b) for a, b in zip(real.losses, simulated.losses, strict=True)):.1g}",
-        ],
-        [
-            "largest difference of a weight, stage by stage",
-            " ".join(f"{difference:.1g}" for difference in differences)
-            + (" (equal to the bit)" if not any(differences) else "" if close else " NOT EQUAL"),
-        ],
+    of_losses = difference(*(torch.tensor(run.losses) for run in (real, simulated)))
+    of_weights = [
+        max(difference(ours[name], theirs[name].detach().cpu()) for name in ours)
+        for ours, theirs in zip(real.weights, simulated.weights, strict=True)
     ]
+    close = all(number < 1e-4 for number in (of_losses, *of_weights))  # not if it is not a number
+    num_ops, num_read = sum(map(len, plan.schedule)), len(simulated.versions_read)
+    table = [
+        ["operations in the order of the schedule", f"all {num_ops}" if in_order else "NOT ALL"],
+        ["weight versions read, the same", f"all {num_read}" if same_versions else "NOT ALL"],
+        ["weight versions alive, peak of each stage", " ".join(map(str, real.peak_versions))],
+        ["largest difference of a loss", f"{of_losses:.1g}"],
+        ["largest difference of a weight, each stage", " ".join(f"{d:.1g}" for d in of_weights)],
+    ]
+    table[2][1] += " (the same)" if same_peaks else f" NOT {simulated.peak_versions}"
+    table[4][1] += "" if any(of_weights) else " (equal to the bit)"
     return "\n".join(format_table(table)), in_order and same_versions and same_peaks and close
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest of any number, 0 only if all bits are the same."""
+    if a.numpy().tobytes() == b.numpy().tobytes():
+        return 0.0
+    return (a - b).abs().max().item() or math.ulp(0)  # 0.0 and -0.0 are not the same
 
 
 # -------------------------------------------------------------------------------------- clock
@@ -420,7 +418,10 @@ class Watch:
     def __init__(self, rank: int, world_size: int, timeout: float):
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.patience = timedelta(seconds=timeout * 2 / 3)
-        self.store, *_ = next(dist.rendezvous("env://", timeout=self.patience))
+        try:
+            self.store, *_ = next(dist.rendezvous("env://", timeout=self.patience))
+        except (ValueError, RuntimeError) as error:  # not told where to meet, or nobody came
+            raise UserError(f"rank {rank} does not find the others: {error}") from None
 
     @contextmanager
     def over(self) -> Iterator[None]:
@@ -555,7 +556,7 @@ def from_torchrun(name: str) -> int:
     try:
         return int(os.environ[name])
     except (KeyError, ValueError):
-        raise UserError(f"RANK is set, but {name} is no number: start it with torchrun") from None
+        raise UserError(f"RANK is set, {name} is no number: start it with torchrun") from None
 
 
 def launch(num_processes: int) -> None:
@@ -585,11 +586,11 @@ def launch(num_processes: int) -> None:
 def format_start(plan: Plan, device: torch.device) -> str:
     name, keeps = schedule_name(plan.config)
     processes = len(plan.schedule)
-    where = f"gloo, {num_cores()} cores, {torch.get_num_threads()} thread(s) each"
+    where = f"gloo, {num_cores()} cores, {torch.get_num_threads()} thread each"
     if device.type == "cuda":
         where = f"nccl, on GPUs: {torch.cuda.get_device_name(device)}"
     return f"""\
-🚀 {name} on {processes} real processes ({where})
+🚀 {name} on {processes} real process{"es" * (processes > 1)} ({where})
 Engine: torch.distributed.pipelining of torch {torch.__version__}
 Pipeline stages: {plan.config["num_stages"]}
 Microbatches: {plan.config["num_microbatches"]}
@@ -648,8 +649,8 @@ def main() -> None:
         processes_here = from_torchrun("LOCAL_WORLD_SIZE") if is_rank else len(plan.schedule)
         device = place(config, from_torchrun("LOCAL_RANK") if is_rank else 0, processes_here)
     except UserError:
-        if os.environ.get("RANK", "0") != "0":  # rank 0 says it
-            sys.exit(2)
+        if is_rank and from_torchrun("RANK") > 0:
+            sys.exit(2)  # rank 0 says it
         raise
     if not is_rank:
         return launch(len(plan.schedule))
