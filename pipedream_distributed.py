@@ -169,7 +169,7 @@ class VersionedStage(PipelineStage):
 
 
 def check_engine() -> None:
-    """Raise a UserError unless this PyTorch has all that make_engine needs, and in working order."""
+    """Raise a UserError unless this PyTorch has all that make_engine needs, and as it needs it."""
     runtime = getattr(engines, "_PipelineScheduleRuntime", None)
     found = [hasattr(engines, "_Action"), hasattr(engines, "_add_send_recv")]
     found += [hasattr(runtime, "_prepare_schedule_with_comms")]

@@ -1,0 +1,62 @@
+"""A rank of the tests: torchrun --nproc-per-node 2 tests/ranks.py RUNS RESULTS
+
+RUNS is a JSON file with a list of [settings, chunks_per_gpu], run one after the other in one
+process group, since starting processes takes longer than all they do. Rank 0 saves a list with
+the reports of every run in RESULTS. Beside what a report has, every rank looks at each operation
+which weight versions still take memory, whether or not the stage knows of them.
+"""
+
+import json
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import pipedream_distributed
+from pipedream_lab import make_plan
+
+in_memory = []  # (stage, known versions, versions alive) at every operation
+
+
+class WatchedStage(pipedream_distributed.VersionedStage):
+    def reset(self):
+        super().reset()
+        self.seen = {0: self.reference(0)}
+
+    def reference(self, version):
+        return weakref.ref(next(self.versions[version].parameters()))
+
+    def update(self, read):
+        super().update(read)
+        self.seen[self.newest + 1] = self.reference(self.newest + 1)
+
+    def begin(self, kind, chunk):
+        super().begin(kind, chunk)
+        alive = [version for version, reference in self.seen.items() if reference() is not None]
+        in_memory.append((self.stage_index, sorted(self.versions), alive))
+
+
+def main():
+    runs, results = map(Path, sys.argv[1:])
+    torch.set_num_threads(1)
+    pipedream_distributed.VersionedStage = WatchedStage
+    dist.init_process_group("gloo")
+    saved = []
+    for settings, chunks in json.loads(runs.read_text()):
+        in_memory.clear()
+        report = pipedream_distributed.run_rank(make_plan(settings, chunks), torch.device("cpu"), 2)
+        reports = pipedream_distributed.gather(report)
+        memory = [None] * dist.get_world_size()
+        dist.all_gather_object(memory, in_memory)
+        saved.append((reports, memory))
+    if dist.get_rank() == 0:
+        torch.save(saved, results)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

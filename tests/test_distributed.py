@@ -1,0 +1,406 @@
+"""Real processes against plain training, the recurrences of the papers, and the simulation."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from reference import delayed_sgd
+from torch.distributed.pipelining import schedules as engines
+
+import pipedream_distributed
+from pipedream_distributed import as_run, compare_runs, difference, main, place
+from pipedream_lab import make_plan
+from pipedream_simple import CONFIG, UserError, peak_versions, run_main, train
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "pipedream_distributed.py")
+SMALL = {**CONFIG, "hidden_size": 12, "device": "cpu", "num_batches": 5}
+# PyTorch's ZBV for two GPUs and two microbatches: GPU0 has stages 0 and 3, GPU1 has 1 and 2.
+ZBV = """\
+0F0,0F1,3F0,3I0,3F1,3W0,3I1,3W1,0I0,0W0,0I1,0W1
+1F0,2F0,1F1,2F1,2I0,1I0,2W0,2I1,1I1,1W0,2W1,1W1
+"""
+
+TWO = {  # name -> (settings, chunks_per_gpu, delay of a stage in updates)
+    "naive": ({"schedule": "naive"}, 1, lambda s: 0),
+    "gpipe": ({"schedule": "gpipe"}, 1, lambda s: 0),
+    "gpipe, one microbatch": ({"schedule": "gpipe", "num_microbatches": 1}, 1, lambda s: 0),
+    "1f1b": ({"schedule": "1f1b"}, 1, lambda s: 0),
+    "zb-h1": ({"schedule": "zb-h1"}, 1, lambda s: 0),
+    "interleaved": ({"schedule": "interleaved"}, 3, lambda s: 0),
+    "csv": ({"schedule": "zbv.csv", "layers_per_stage": 4}, 1, lambda s: 0),
+    "pipedream": ({}, 1, lambda s: 1 - s),
+    "pipedream, one microbatch": ({"num_microbatches": 1}, 1, lambda s: 1 - s),
+    "vertical sync": ({"num_microbatches": 2, "vertical_sync": True}, 1, lambda s: 1),
+}
+FOUR = {
+    "1f1b": ({"schedule": "1f1b", "num_microbatches": 2}, 1, lambda s: 0),
+    "interleaved": ({"schedule": "interleaved"}, 2, lambda s: 0),
+    "pipedream": ({}, 1, lambda s: math.ceil((3 - s) / 4)),
+    "two microbatches": ({"num_microbatches": 2}, 1, lambda s: math.ceil((3 - s) / 2)),
+    "one microbatch": ({"num_microbatches": 1, "num_batches": 9}, 1, lambda s: 3 - s),
+    "vertical sync": (
+        {"num_microbatches": 1, "num_batches": 9, "vertical_sync": True}, 1, lambda s: 3,
+    ),
+}  # fmt: skip
+
+
+def run_all(cases, processes, folder):
+    """name -> (plan, reports, memory) of every case, in as many processes."""
+    (folder / "zbv.csv").write_text(ZBV)
+    runs, plans = [], []
+    for settings, chunks, _ in cases.values():
+        config = {**SMALL, "num_stages": processes, "layers_per_stage": 6, **settings}
+        if config["schedule"].endswith(".csv"):
+            config |= {"schedule": str(folder / config["schedule"])}
+        runs.append((config, chunks))
+        plans.append(make_plan(config, chunks))
+    (folder / "runs.json").write_text(json.dumps(runs))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += [f"--nproc-per-node={processes}", str(ROOT / "tests" / "ranks.py")]
+    arguments = [str(folder / "runs.json"), str(folder / "results.pt")]
+    done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    saved = torch.load(folder / "results.pt", weights_only=False)
+    return {name: (plan, *result) for name, plan, result in zip(cases, plans, saved, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    two = run_all(TWO, 2, tmp_path_factory.mktemp("two"))
+    four = run_all(FOUR, 4, tmp_path_factory.mktemp("four"))
+    return {2: two, 4: four}
+
+
+CASES = [(2, name) for name in TWO] + [(4, name) for name in FOUR]
+
+
+@pytest.mark.parametrize(("processes", "name"), CASES)
+def test_real_processes_do_what_the_rows_say_on_the_versions_that_they_say(
+    processes, name, results
+):
+    plan, reports, _ = results[processes][name]
+    assert [report.done for report in reports] == plan.schedule
+
+
+@pytest.mark.parametrize(("processes", "name"), CASES)
+def test_real_processes_train_as_the_papers_write_it(processes, name, results):
+    """Plain SGD, or SGD with the delay of the paper: no schedule, no pipeline, in float64."""
+    plan, reports, _ = results[processes][name]
+    *_, delay_of_stage = (TWO if processes == 2 else FOUR)[name]
+    losses, weights = delayed_sgd(plan.config, delay_of_stage)
+    run = as_run(reports, plan)
+    assert run.losses == pytest.approx(losses, abs=1e-5)
+    for ours, theirs in zip(run.weights, weights, strict=True):
+        for key in ours:
+            torch.testing.assert_close(ours[key].double(), theirs[key].detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("processes", "name"), CASES)
+def test_real_processes_and_one_device_agree_to_the_bit(processes, name, results):
+    plan, reports, _ = results[processes][name]
+    real, alone = as_run(reports, plan), train(plan.config, schedule=plan.schedule)
+    assert real.losses == alone.losses
+    assert real.versions_read == alone.versions_read
+    assert real.peak_versions == alone.peak_versions
+    for ours, theirs in zip(real.weights, alone.weights, strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    text, equal = compare_runs(reports, plan, torch.device("cpu"))
+    assert equal
+    assert "equal to the bit" in text
+
+
+@pytest.mark.parametrize(("processes", "name"), CASES)
+def test_a_weight_version_leaves_memory_when_its_last_reader_is_done(processes, name, results):
+    plan, _, memory = results[processes][name]
+    for rank in memory:
+        assert rank
+        for stage, known, alive in rank:
+            assert alive == known, f"stage {stage} knows {known}, in memory are {alive}"
+    if len(plan.schedule) == plan.config["num_stages"]:
+        most = [max(len(alive) for _, _, alive in rank) for rank in memory]
+        assert all(map(int.__le__, most, peak_versions(plan.schedule)))
+
+
+def altered(reports, **changes):
+    return [reports[0]._replace(**changes), *reports[1:]]
+
+
+def test_the_proof_fails_where_anything_differs(results):
+    plan, reports, _ = results[2]["pipedream"]
+    cpu = torch.device("cpu")
+    done = reports[0].done
+    other_order = altered(reports, done=[done[1], done[0], *done[2:]])
+    other_version = altered(reports, done=[done[0]._replace(version=1), *done[1:]])
+    weights = {0: {name: w + 1e-3 for name, w in reports[0].weights[0].items()}}
+    other_losses = [reports[0], reports[1]._replace(losses=[2.0] * len(reports[1].losses))]
+    for wrong, text in (
+        (other_order, "operations in the order of the schedule      NOT ALL"),
+        (other_version, "weight versions read, the same               NOT ALL"),
+        (altered(reports, weights=weights), "largest difference of a weight, each stage   0.001 0"),
+        (altered(reports, peak_versions={0: 3}), "3 1 NOT [2, 1]"),
+        (other_losses, "largest difference of a loss                 "),
+    ):
+        table, equal = compare_runs(wrong, plan, cpu)
+        assert text in table
+        assert not equal
+    nan = {0: {name: w * math.nan for name, w in reports[0].weights[0].items()}}
+    table, equal = compare_runs(altered(reports, weights=nan), plan, cpu)
+    assert "nan 0" in table
+    assert not equal
+
+
+def test_a_difference_is_zero_only_for_the_same_bits():
+    a = torch.tensor([1.0, 0.0])
+    assert difference(a, a.clone()) == 0
+    assert difference(a, torch.tensor([1.0, -0.0])) > 0
+    assert difference(a, torch.tensor([1.25, 0.0])) == 0.25
+    assert math.isnan(difference(a, torch.tensor([math.nan, 0.0])))
+
+
+# ------------------------------------------------------------------------- the whole program
+
+
+@pytest.fixture(scope="module")
+def default_run():
+    return subprocess.run(
+        [sys.executable, SCRIPT], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+
+
+def test_started_plainly_it_starts_all_processes_and_proves_what_they_did(default_run):
+    assert default_run.returncode == 0
+    assert default_run.stderr == ""
+    out = default_run.stdout
+    assert "PipeDream on 4 real processes" in out
+    assert "THE SAME AS IN ONE PROCESS" in out
+    assert "equal to the bit" in out
+
+
+def test_it_prints_the_lines_of_the_simulation(default_run, monkeypatch, capsys):
+    import pipedream_simple
+
+    monkeypatch.setattr(sys, "argv", ["pipedream_simple.py", "--device", "cpu"])
+    assert run_main(pipedream_simple.main) == 0
+    simulated = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
+    assert len(simulated) == 5
+    printed = [line for line in default_run.stdout.splitlines() if line.startswith("- ")]
+    assert printed == simulated
+
+
+def test_the_times_that_it_prints_fit_together(default_run):
+    lines = default_run.stdout.partition("REAL AND SIMULATED TIME")[2].splitlines()
+    cells = [re.split(r" {2,}", line.strip()) for line in lines[2:5]]
+    assert [name for name, *_ in cells] == ["one process", "4 processes", "simulated"]
+    one, real, simulated = (float(time.split()[0]) for _, time, _ in cells)
+    speed_ups = [float(cell.rstrip("x")) for *_, cell in cells]
+    assert speed_ups[0] == 1
+    assert speed_ups[1] == pytest.approx(one / real, abs=0.006)
+    assert simulated < real  # it leaves out what the engine does
+    assert 1 < speed_ups[2] <= 4
+    fewer = pipedream_distributed.num_cores() < 4
+    assert ("take turns: no speed-up can show" in default_run.stdout) == fewer
+
+
+# ------------------------------------------------------------------------------------- faults
+
+LONG = ["--num_batches", "4000", "--batch_size", "4", "--repeats", "1", "--timeout", "6"]
+
+
+def start_long_run(folder, processes):
+    """A run that takes longer than a test."""
+    folder.mkdir()
+    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+        command = [sys.executable, SCRIPT, "--num_stages", str(processes), *LONG]
+        return subprocess.Popen(command, stdout=out, stderr=err, cwd=folder)
+
+
+def processes_below(pid):
+    """rank -> the process of that rank, below the one that started them."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        told = dict(
+            line.partition("=")[::2]
+            for line in Path(f"/proc/{child}/environ").read_text().split("\0")
+        )
+        found[int(told["RANK"])] = int(child)
+    return found
+
+
+def is_gone(pid):
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+def wait_until(true, seconds):
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert true()
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_a_rank_that_dies_or_stalls_ends_the_job_in_time_and_by_its_name(tmp_path):
+    """Two runs at once: one of two processes loses rank 0, in one of three rank 1 stands still."""
+    faults = {"dies": (2, signal.SIGKILL, 0), "stands": (3, signal.SIGSTOP, 1)}
+    runs = {name: start_long_run(tmp_path / name, fault[0]) for name, fault in faults.items()}
+    try:
+        for name in faults:
+            wait_until(lambda name=name: "Schedule" in (tmp_path / name / "out").read_text(), 60)
+        time.sleep(3)
+        ranks = {name: processes_below(run.pid) for name, run in runs.items()}
+        assert [sorted(ranks[name]) for name in faults] == [[0, 1], [0, 1, 2]]
+        start = time.monotonic()
+        for name, (_, fault, rank) in faults.items():
+            os.kill(ranks[name][rank], fault)
+        for name, (_, _, rank) in faults.items():
+            runs[name].wait(timeout=60)
+            assert time.monotonic() - start < 6 + 5  # the timeout, and to end all processes
+            assert runs[name].returncode == 1
+            lines = (tmp_path / name / "err").read_text().splitlines()
+            assert lines, name
+            assert all(f"rank {rank} " in line for line in lines), lines
+            assert all(is_gone(pid) for pid in ranks[name].values())
+    finally:
+        for run in runs.values():
+            run.kill()
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def told(monkeypatch, capsys):
+    """Run main with these flags in this environment; what it wrote to stderr, and its status."""
+
+    def tell(*flags, **environment):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *flags])
+        monkeypatch.setattr(dist, "init_process_group", None)  # it must not come so far
+        monkeypatch.setattr(pipedream_distributed, "torchrun", None)
+        try:
+            status = run_main(main)
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return captured.err, status
+
+    yield tell
+    import logging
+
+    logging.disable(logging.NOTSET)
+
+
+def rank(number, world_size):
+    return {
+        "RANK": str(number), "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_microbatches", "5"], "batch_size=32 cannot be split evenly"),
+        (["--weight_stashing", "False"], "only for the simulation"),
+        (["--schedule", "dualpipe"], "unknown schedule 'dualpipe'"),
+        (["--schedule", "no.csv"], "cannot read no.csv"),
+        (["--schedule", "interleaved", "--num_microbatches", "2"], "must be a multiple"),
+        (["--timeout", "0"], "timeout=0.0 must be a number of seconds"),
+        (["--timeout", "inf"], "timeout=inf must be"),
+        (["--timeout", "soon"], "invalid float value: 'soon'"),
+        (["--repeats", "0"], "repeats=0 must be a whole number"),
+        (["--device", "cuda"], "torch finds 0 CUDA GPUs"),
+        (["--timout", "9"], "unknown flag '--timout'"),
+        (["--num_stages", "17"], "torchrun --nproc-per-node 17"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_starts(flags, message, told):
+    error, status = told(*flags)
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert error.startswith("pipedream_distributed.py: ")
+    if "17" not in flags:  # which torchrun itself would start
+        error, status = told(*flags, **rank(0, 4))
+        assert status == 2
+        assert message in error
+        assert error.count("\n") == 1
+        assert told(*flags, **rank(1, 4)) == ("", 2)  # rank 0 says it for all
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 5])
+def test_another_number_of_processes_than_rows_is_one_line_from_rank_0(world_size, told):
+    error, status = told(**rank(0, world_size))
+    assert status == 2
+    assert error.count("\n") == 1
+    assert f"WORLD_SIZE={world_size}" in error
+    assert "torchrun --nproc-per-node 4" in error
+    if world_size > 1:
+        assert told(**rank(world_size - 1, world_size)) == ("", 2)
+
+
+def test_an_environment_that_torchrun_would_not_make_is_one_line(told):
+    assert told(RANK="0")[0].count("\n") == 1
+    error, status = told(RANK="first", WORLD_SIZE="4")
+    assert status == 2
+    assert "RANK is no number" in error
+    error, status = told(**rank(0, 4))
+    assert status == 2
+    assert "MASTER_ADDR" in error
+    assert error.count("\n") == 1
+
+
+def test_without_gloo_it_says_so(told, monkeypatch):
+    monkeypatch.setattr(dist, "is_gloo_available", lambda: False)
+    for error, status in (told(), told(**rank(0, 4))):
+        assert status == 2
+        assert "no gloo" in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("owner", "name"), [
+    (engines, "_Action"),
+    (engines, "_add_send_recv"),
+    (engines, "_PipelineScheduleRuntime"),
+    (engines._PipelineScheduleRuntime, "_prepare_schedule_with_comms"),
+])  # fmt: skip
+def test_a_torch_without_the_private_names_is_told(owner, name, told, monkeypatch):
+    monkeypatch.delattr(owner, name)
+    error, status = told()
+    assert status == 2
+    assert f"torch {torch.__version__} has no engine" in error
+
+
+def test_an_older_torch_is_told(told, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cu128"))
+    assert "torch 2.9.1+cu128 has no engine" in told()[0]
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.13.0"))
+    pipedream_distributed.check_engine()
+
+
+def test_every_process_gets_a_gpu_of_its_own_or_none_does(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert place({"device": "auto"}, 2, 4) == torch.device("cuda:2")
+    assert place({"device": "cuda"}, 3, 4) == torch.device("cuda:3")
+    assert place({"device": "cpu"}, 2, 4) == torch.device("cpu")
+    assert place({"device": "auto"}, 2, 5) == torch.device("cpu")
+    with pytest.raises(UserError, match="5 processes need a GPU each, torch finds 4"):
+        place({"device": "cuda"}, 2, 5)
+    with pytest.raises(UserError, match="every process needs its own"):
+        place({"device": "cuda:1"}, 0, 1)
