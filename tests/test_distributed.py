@@ -1,6 +1,7 @@
 """Real processes against plain training, the recurrences of the papers, and the simulation."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -13,16 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from launch import ROOT, SCRIPT, launch
 from reference import delayed_sgd
 from torch.distributed.pipelining import schedules as engines
 
 import pipedream_distributed
+import pipedream_simple
 from pipedream_distributed import as_run, compare_runs, difference, main, place
 from pipedream_lab import make_plan
 from pipedream_simple import CONFIG, UserError, peak_versions, run_main, train
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = str(ROOT / "pipedream_distributed.py")
 SMALL = {**CONFIG, "hidden_size": 12, "device": "cpu", "num_batches": 5}
 # PyTorch's ZBV for two GPUs and two microbatches: GPU0 has stages 0 and 3, GPU1 has 1 and 2.
 ZBV = """\
@@ -170,11 +171,9 @@ def test_a_difference_is_zero_only_for_the_same_bits():
 # ------------------------------------------------------------------------- the whole program
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def default_run():
-    return subprocess.run(
-        [sys.executable, SCRIPT], capture_output=True, text=True, timeout=120, cwd=ROOT
-    )
+    return launch()
 
 
 def test_started_plainly_it_starts_all_processes_and_proves_what_they_did(default_run):
@@ -187,8 +186,6 @@ def test_started_plainly_it_starts_all_processes_and_proves_what_they_did(defaul
 
 
 def test_it_prints_the_lines_of_the_simulation(default_run, monkeypatch, capsys):
-    import pipedream_simple
-
     monkeypatch.setattr(sys, "argv", ["pipedream_simple.py", "--device", "cpu"])
     assert run_main(pipedream_simple.main) == 0
     simulated = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
@@ -301,8 +298,6 @@ def told(monkeypatch, capsys):
         return captured.err, status
 
     yield tell
-    import logging
-
     logging.disable(logging.NOTSET)
 
 

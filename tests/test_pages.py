@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import write_results
+from launch import launch
 
 import pipedream_lab
 import pipedream_simple
@@ -44,6 +45,7 @@ SCRIPTS = {
     "pipedream_simple.py": pipedream_simple.main,
     "pipedream_visual.py": pipedream_visual.main,
     "pipedream_lab.py": pipedream_lab.main,
+    "pipedream_distributed.py": None,
 }
 
 
@@ -63,6 +65,10 @@ def commands(page):
 def output_of(command):
     """What a command of ours prints, run in this process and in an empty folder."""
     script, *flags = command.removeprefix("python ").split()
+    if script == "pipedream_distributed.py":  # it starts processes of its own
+        done = launch(*flags)
+        assert done.returncode == 0
+        return done.stdout
     out, argv, folder = io.StringIO(), sys.argv, os.getcwd()
     with tempfile.TemporaryDirectory() as empty, contextlib.redirect_stdout(out):
         try:
@@ -193,7 +199,7 @@ def test_every_file_picture_and_section_that_a_page_names_exists(page):
     for key in re.findall(r'`"(\w+)"', PAGES[page]):
         assert key in CONFIG
     sections = re.findall(r"^## (\d)\. ", PAGES["README.md"], re.M)
-    assert sections == ["1", "2", "3", "4", "5"]
+    assert sections == ["1", "2", "3", "4", "5", "6"]
     for found in re.findall(r"(?<!, )sections? (\d)(?: (?:to|and) (\d))?(?!\.\d)", PAGES[page]):
         assert {*found} - {""} <= {*sections}
     for text, target in re.findall(r"\[([^]]*)\]\(https?://([^)]*)\)", PAGES[page]):
@@ -466,7 +472,7 @@ def close_after_training(shown, new):
 
 def test_the_results_have_every_section_and_nothing_else():
     page = PAGES["TEST_RESULTS.md"]
-    functions = [*write_results.REPEATABLE, write_results.speed]
+    functions = [*write_results.REPEATABLE, write_results.real_time, write_results.speed]
     expected = [function.__doc__.strip().splitlines()[0] for function in functions]
     assert re.findall(r"^## .*$", page, re.M) == [*expected, "## What this does not show"]
     assert page.startswith(write_results.HEAD)

@@ -1,0 +1,80 @@
+"""Real time against simulated time: torchrun --nproc-per-node 2 tests/fidelity.py
+
+Two processes of one thread on two cores, on a network whose operations are long enough to measure.
+In every round rank 0 measures the forward and backward of the stages while the other waits, then a
+process alone trains on the batches, then both together with every schedule. A ratio is of times of
+one round, so that it holds on a machine that is busy with other things. Nothing here is asserted.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from pipedream_distributed import gather, meet, one_process, run_rank
+from pipedream_lab import make_plan, measure_stages
+from pipedream_simple import CONFIG, SCHEDULES, format_table, makespan, simulate
+
+ROUNDS = 15
+SIZES = {"num_stages": 2, "hidden_size": 1024, "batch_size": 1024, "device": "cpu"}
+
+
+def spread(numbers: list[float], digits: int) -> str:
+    """Median (lowest to highest)."""
+    low, middle, high = min(numbers), statistics.median(numbers), max(numbers)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    first, cpu = dist.get_rank() == 0, torch.device("cpu")
+    config = {**CONFIG, **SIZES}
+    num_batches = config["num_batches"]
+    plans = [make_plan({**config, "schedule": name}, 1) for name in SCHEDULES]
+    alone, real, simulated = [], {name: [] for name in SCHEDULES}, {name: [] for name in SCHEDULES}
+    for _ in range(ROUNDS):
+        if first:
+            forward, backward = measure_stages(config)
+            alone.append(1000 * one_process(config, 2)[1] / num_batches)  # the first warms up
+        meet()
+        for plan in plans:
+            reports = gather(run_rank(plan, cpu, num_runs=2))
+            if first:
+                measured = {**plan.config, "forward_time": forward, "backward_time": backward}
+                simulated[plan.name].append(
+                    makespan(simulate(plan.schedule, measured)) / num_batches
+                )
+                real[plan.name].append(1000 * max(r.seconds[1] for r in reports) / num_batches)
+    if first:
+        table = [["", "ms a batch", "simulated", "real / simulated", "speed-up", "simulated"]]
+        table.append(["one process", spread(alone, 0), "", "", "", ""])
+        for name in SCHEDULES:
+            ratios = [a / b for a, b in zip(real[name], simulated[name], strict=True)]
+            speed_ups = [a / b for a, b in zip(alone, real[name], strict=True)]
+            predicted = [a / b for a, b in zip(simulated["naive"], simulated[name], strict=True)]
+            table.append(
+                [
+                    name,
+                    spread(real[name], 0),
+                    f"{statistics.median(simulated[name]):.0f}",
+                    spread(ratios, 2),
+                    spread(speed_ups, 2),
+                    f"{statistics.median(predicted):.2f}",
+                ]
+            )
+        print(
+            f"{ROUNDS} rounds of {num_batches} batches: hidden size {config['hidden_size']}, "
+            f"{config['num_microbatches']} microbatches of "
+            f"{config['batch_size'] // config['num_microbatches']} images, 1 thread a process\n"
+        )
+        print("\n".join(format_table(table)))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
