@@ -459,7 +459,8 @@ class Watch:
         why = why if silent else " ".join(f"rank {self.rank}: {error}".split())
         print(f"{Path(__file__).name}: {why}; the job ends", file=sys.stderr)
         for pid in itertools.chain(*map(processes_of, silent)):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def meet_until(self, finished: threading.Event | None) -> None:
         """All ranks meet again and again until rank 0 has finished, so that nobody waits unseen."""

@@ -2,12 +2,13 @@
 
 RUNS is a JSON file with a list of [settings, chunks_per_gpu], run one after the other in one
 process group, since starting processes takes longer than all they do. Rank 0 saves a list with
-the reports of every run in RESULTS. Beside what a report has, every rank looks at each operation
+the reports of every run in RESULTS, and the seconds that it took, measured from outside. Beside what a report has, every rank looks at each operation
 which weight versions still take memory, whether or not the stage knows of them.
 """
 
 import json
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -48,11 +49,13 @@ def main():
     saved = []
     for settings, chunks in json.loads(runs.read_text()):
         in_memory.clear()
-        report = pipedream_distributed.run_rank(make_plan(settings, chunks), torch.device("cpu"), 2)
+        plan, start = make_plan(settings, chunks), time.perf_counter()
+        report = pipedream_distributed.run_rank(plan, torch.device("cpu"), 2)
+        elapsed = time.perf_counter() - start
         reports = pipedream_distributed.gather(report)
         memory = [None] * dist.get_world_size()
         dist.all_gather_object(memory, in_memory)
-        saved.append((reports, memory))
+        saved.append((reports, memory, elapsed))
     if dist.get_rank() == 0:
         torch.save(saved, results)
     dist.destroy_process_group()

@@ -20,7 +20,17 @@ from torch.distributed.pipelining import schedules as engines
 
 import pipedream_distributed
 import pipedream_simple
-from pipedream_distributed import as_run, compare_runs, difference, main, place
+from pipedream_distributed import (
+    Report,
+    Watch,
+    as_run,
+    compare_runs,
+    difference,
+    format_clock,
+    main,
+    one_process,
+    place,
+)
 from pipedream_lab import make_plan
 from pipedream_simple import CONFIG, UserError, peak_versions, run_main, train
 
@@ -56,7 +66,7 @@ FOUR = {
 
 
 def run_all(cases, processes, folder):
-    """name -> (plan, reports, memory) of every case, in as many processes."""
+    """name -> (plan, reports, memory, seconds) of every case, in as many processes."""
     (folder / "zbv.csv").write_text(ZBV)
     runs, plans = [], []
     for settings, chunks, _ in cases.values():
@@ -89,14 +99,14 @@ CASES = [(2, name) for name in TWO] + [(4, name) for name in FOUR]
 def test_real_processes_do_what_the_rows_say_on_the_versions_that_they_say(
     processes, name, results
 ):
-    plan, reports, _ = results[processes][name]
+    plan, reports, *_ = results[processes][name]
     assert [report.done for report in reports] == plan.schedule
 
 
 @pytest.mark.parametrize(("processes", "name"), CASES)
 def test_real_processes_train_as_the_papers_write_it(processes, name, results):
     """Plain SGD, or SGD with the delay of the paper: no schedule, no pipeline, in float64."""
-    plan, reports, _ = results[processes][name]
+    plan, reports, *_ = results[processes][name]
     *_, delay_of_stage = (TWO if processes == 2 else FOUR)[name]
     losses, weights = delayed_sgd(plan.config, delay_of_stage)
     run = as_run(reports, plan)
@@ -108,7 +118,7 @@ def test_real_processes_train_as_the_papers_write_it(processes, name, results):
 
 @pytest.mark.parametrize(("processes", "name"), CASES)
 def test_real_processes_and_one_device_agree_to_the_bit(processes, name, results):
-    plan, reports, _ = results[processes][name]
+    plan, reports, *_ = results[processes][name]
     real, alone = as_run(reports, plan), train(plan.config, schedule=plan.schedule)
     assert real.losses == alone.losses
     assert real.versions_read == alone.versions_read
@@ -122,7 +132,7 @@ def test_real_processes_and_one_device_agree_to_the_bit(processes, name, results
 
 @pytest.mark.parametrize(("processes", "name"), CASES)
 def test_a_weight_version_leaves_memory_when_its_last_reader_is_done(processes, name, results):
-    plan, _, memory = results[processes][name]
+    plan, _, memory, _ = results[processes][name]
     for rank in memory:
         assert rank
         for stage, known, alive in rank:
@@ -132,12 +142,20 @@ def test_a_weight_version_leaves_memory_when_its_last_reader_is_done(processes, 
         assert all(map(int.__le__, most, peak_versions(plan.schedule)))
 
 
+def test_the_seconds_of_the_runs_are_no_more_than_passed(results):
+    for _, reports, _, elapsed in (*results[2].values(), *results[4].values()):
+        for report in reports:
+            assert len(report.seconds) == 2
+            assert 0 < min(report.seconds)
+        assert sum(reports[0].seconds) < elapsed
+
+
 def altered(reports, **changes):
     return [reports[0]._replace(**changes), *reports[1:]]
 
 
 def test_the_proof_fails_where_anything_differs(results):
-    plan, reports, _ = results[2]["pipedream"]
+    plan, reports, *_ = results[2]["pipedream"]
     cpu = torch.device("cpu")
     done = reports[0].done
     other_order = altered(reports, done=[done[1], done[0], *done[2:]])
@@ -166,6 +184,41 @@ def test_a_difference_is_zero_only_for_the_same_bits():
     assert difference(a, torch.tensor([1.0, -0.0])) > 0
     assert difference(a, torch.tensor([1.25, 0.0])) == 0.25
     assert math.isnan(difference(a, torch.tensor([math.nan, 0.0])))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "cores", "simulated", "hint"),
+    [
+        ("naive", 2, "24           1.00x", "Here that is most of it"),
+        ("gpipe", 2, "15           1.60x", "Here that is most of it"),
+        ("gpipe", 1, "15           1.60x", "2 processes share 1 cores and take turns"),
+    ],
+)
+def test_the_clock_takes_the_slowest_rank_and_leaves_the_first_run_out(
+    schedule, cores, simulated, hint, monkeypatch
+):
+    """Milliseconds: a forward takes 1, a backward 2; a batch of four microbatches, five batches."""
+    plan = make_plan({**SMALL, "num_stages": 2, "schedule": schedule}, 1)
+    of_ranks = ([9.0, 0.3, 0.1, 0.4], [9.0, 0.2, 0.5, 0.1])  # seconds of each run
+    reports = [Report([], [], {}, {}, seconds) for seconds in of_ranks]
+    times = [1.0, 1.0], [2.0, 2.0]
+    monkeypatch.setattr(pipedream_distributed, "measure_stages", lambda config: times)
+    alone = [9.0, 0.125, 0.15, 0.1]
+    monkeypatch.setattr(pipedream_distributed, "one_process", lambda config, num_runs: alone)
+    monkeypatch.setattr(pipedream_distributed, "num_cores", lambda: cores)
+    text = format_clock(reports, plan, torch.device("cpu"))
+    lines = [re.sub(" +", " ", line) for line in text.splitlines()]
+    assert lines[1] == "one process 25 1.00x"
+    assert lines[2] == "2 processes 80 (60 to 100) 0.31x"  # 0.3, 0.5 and 0.4 s for five batches
+    assert lines[3] == "simulated " + re.sub(" +", " ", simulated)
+    assert "median of 3 runs" in text
+    assert hint in text
+
+
+def test_one_process_is_timed_for_every_run():
+    seconds = one_process({**SMALL, "num_stages": 2}, num_runs=3)
+    assert len(seconds) == 3
+    assert min(seconds) > 0
 
 
 # ------------------------------------------------------------------------- the whole program
@@ -272,6 +325,58 @@ def test_a_rank_that_dies_or_stalls_ends_the_job_in_time_and_by_its_name(tmp_pat
     finally:
         for run in runs.values():
             run.kill()
+
+
+class Store:
+    """What the ranks said, and after so many looks what some say late."""
+
+    def __init__(self, late):
+        self.said, self.late, self.looks = set(), late, 0
+
+    def set(self, key, value):
+        self.said.add(key)
+
+    def check(self, keys):
+        self.looks += 1
+        return keys[0] in self.said or self.looks > self.late.get(keys[0], math.inf)
+
+
+@pytest.mark.parametrize(
+    ("rank", "late", "named"),
+    [
+        (0, {1: 0, 3: 40}, "rank 2 did not answer"),
+        (0, {1: 0}, "rank 2 and rank 3 did not answer"),
+        (1, {2: 20, 3: 40}, "rank 0 did not answer"),
+        (0, {1: 0, 2: 0, 3: 0}, "rank 0: connection closed by peer"),
+        (1, {0: 0, 3: 0}, None),  # rank 0 says it
+    ],
+)
+def test_it_names_the_ranks_that_do_not_say_that_they_wait(rank, late, named, monkeypatch, capsys):
+    """A rank of four waits in vain; others say the same, after so many looks, or never."""
+    watch = object.__new__(Watch)
+    watch.rank, watch.world_size, watch.timeout = rank, 4, 1.5
+    watch.store = Store({f"in vain {other}": looks for other, looks in late.items()})
+    killed = []
+    monkeypatch.setattr(pipedream_distributed, "processes_of", lambda rank: [1000 + rank])
+    monkeypatch.setattr(os, "kill", lambda pid, _: killed.append(pid))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as stop, watch.over():
+        raise RuntimeError("connection closed\nby peer")
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    if named:
+        assert error.startswith(f"pipedream_distributed.py: {named}")
+        assert error.count("\n") == 1
+        silent = re.findall(r"rank (\d) (?=and|did)", error)
+        assert killed == [1000 + int(other) for other in silent]
+    else:
+        assert (error, killed) == ("", [])
+
+
+def test_an_error_of_its_own_is_no_reason_to_blame_another_rank():
+    watch = object.__new__(Watch)
+    with pytest.raises(RuntimeError, match="shapes"), watch.over():
+        raise RuntimeError("shapes cannot be multiplied")
 
 
 # ---------------------------------------------------------------------------------- bad input
