@@ -1,9 +1,10 @@
 """A rank of the tests: torchrun --nproc-per-node 2 tests/ranks.py RUNS RESULTS
 
 RUNS is a JSON file with a list of [settings, chunks_per_gpu], run one after the other in one
-process group, since starting processes takes longer than all they do. Rank 0 saves a list with
-the reports of every run in RESULTS, and the seconds that it took, measured from outside. Beside what a report has, every rank looks at each operation
-which weight versions still take memory, whether or not the stage knows of them.
+process group, since starting processes takes longer than all they do. Rank 0 saves a list in
+RESULTS: of every run the reports of the ranks, what they saw in memory, and the seconds that
+passed. At every operation a rank looks which weight versions still take memory, whether or not
+the stage knows of them.
 """
 
 import json

@@ -6,6 +6,7 @@ stands in a sentence that is built here from computed values, or is on a short l
 
 import contextlib
 import functools
+import inspect
 import io
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 import write_results
 from launch import launch
 
+import pipedream_distributed
 import pipedream_lab
 import pipedream_simple
 import pipedream_visual
@@ -183,7 +185,9 @@ def test_every_flag_that_a_page_shows_exists_and_is_accepted(page):
     shown += re.findall(r"python pipedream_simple.py (--[^`]+?)(?:`|$)", PAGES[page], re.M)
     assert shown
     for flags in shown:
-        if flags.split()[0] not in ("--out", "--animate"):  # pipedream_visual.py's own
+        if flags == "--timeout":
+            assert '"--timeout"' in (ROOT / "pipedream_distributed.py").read_text("utf-8")
+        elif flags.split()[0] not in ("--out", "--animate"):  # pipedream_visual.py's own
             check_config(config_of(flags))
 
 
@@ -263,6 +267,7 @@ FORMULAS = [  # and names
     r"M = 1\b",
     r"[Vv]ersion [01]\b",
     r"[Ss]tages? [0123]\b",
+    r"\brank 0\b",
     r"[Mm]icrobatch [47]\b",
 ]
 SOURCES = [
@@ -348,6 +353,9 @@ def test_every_figure_in_the_readme_is_the_computed_one():
     readme.says(f"CONFIG has `backward_time` {CONFIG['backward_time']},")
     readme.says("in float64 to 1e-12;")  # the tolerance in test_training.py
     assert '"atol": 1e-12' in (ROOT / "tests" / "test_training.py").read_text()
+    readme.says("a private part of PyTorch 2.13")
+    check = inspect.getsource(pipedream_distributed.check_engine)
+    assert 'torch.__version__ < "2.13"' in check
     readme.says("optimizer state (stage 1), gradients (2), weights (3)")  # ZeRO's own names
     readme.says("stages 1 and 2: as much as data parallelism")
     readme.says("Stages 1 and 2 of ZeRO save memory in data parallelism.")
@@ -399,7 +407,8 @@ def test_every_figure_in_the_quick_start_is_the_computed_one():
     quoted = {"num_microbatches": 9, "num_batches": 3}
     figures = [utilization(run_of(schedule=s, **quoted)) for s in ("naive", "1f1b", "pipedream")]
     page.says("25% → 75% → 90%" if figures == [0.25, 0.75, 0.9] else "other figures")
-    assert "25.0% → 75.0% → 90.0%" in output_of(commands("QUICKSTART.md")[-1])
+    quoted = next(command for command in commands("QUICKSTART.md") if "--out nine" in command)
+    assert "25.0% → 75.0% → 90.0%" in output_of(quoted)
     page.says(f"does to utilization ({stream} before)")
     for flags in ("--num_microbatches 2", "--num_microbatches 8", "--num_stages 8"):
         config = config_of(flags)
