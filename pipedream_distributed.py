@@ -25,6 +25,7 @@ import re
 import signal
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -383,7 +384,7 @@ def format_clock(reports: list[Report], plan: Plan, device: torch.device) -> str
     runs_are = f"median of {len(runs)} runs (lowest to highest)" if spread else "of one run"
     lines = [
         *format_table(table),
-        f"   Real time: {runs_are} after one to warm up, which is not counted.",
+        f"   Real time: {runs_are} after one to warm up.",
         "   Simulated: from each stage's forward and backward, measured while nothing else",
         "   ran; without sending, updates, and the engine's own work for each operation.",
     ]
@@ -570,7 +571,9 @@ def launch(num_processes: int) -> None:
     }
     os.environ |= {name: os.environ.get(name, value) for name, value in defaults.items()}
     try:
-        torchrun(["--standalone", f"--nproc-per-node={num_processes}", __file__, *sys.argv[1:]])
+        with tempfile.TemporaryDirectory() as logs:  # torchrun would leave one behind
+            flags = ["--standalone", f"--nproc-per-node={num_processes}", f"--log-dir={logs}"]
+            torchrun([*flags, __file__, *sys.argv[1:]])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
@@ -581,15 +584,21 @@ def launch(num_processes: int) -> None:
         raise KeyboardInterrupt from None
 
 
+def describe(device: torch.device) -> str:
+    """What the processes run on, and talk through."""
+    if device.type == "cuda":
+        return f"a GPU each, {torch.cuda.get_device_name(device)}; nccl"
+    cores, threads = num_cores(), torch.get_num_threads()
+    plural = "s" * (cores > 1), "s" * (threads > 1)
+    return f"{cores} core{plural[0]}, {threads} thread{plural[1]} a process; gloo"
+
+
 def format_start(plan: Plan, device: torch.device) -> str:
     """What is about to run, and on what."""
     name, keeps = schedule_name(plan.config)
     processes = len(plan.schedule)
-    where = f"gloo, {num_cores()} cores, {torch.get_num_threads()} thread each"
-    if device.type == "cuda":
-        where = f"nccl, on GPUs: {torch.cuda.get_device_name(device)}"
     return f"""\
-🚀 {name} on {processes} real process{"es" * (processes > 1)} ({where})
+🚀 {name} on {processes} real process{"es" * (processes > 1)} ({describe(device)})
 Engine: torch.distributed.pipelining of torch {torch.__version__}
 Pipeline stages: {plan.config["num_stages"]}
 Microbatches: {plan.config["num_microbatches"]}
@@ -627,7 +636,7 @@ def tell(reports: list[Report], plan: Plan, device: torch.device) -> bool:
     proof, equal = compare_runs(reports, plan, device)
     print("\n✅ THE SAME AS IN ONE PROCESS" if equal else "\n❌ NOT THE SAME AS IN ONE PROCESS")
     print(proof, flush=True)
-    print("\n📊 REAL AND SIMULATED TIME")
+    print(f"\n📊 REAL AND SIMULATED TIME ({describe(device)})")
     print(format_clock(reports, plan, device), flush=True)
     return equal
 

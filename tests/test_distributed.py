@@ -77,7 +77,8 @@ def run_all(cases, processes, folder):
         plans.append(make_plan(config, chunks))
     (folder / "runs.json").write_text(json.dumps(runs))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += [f"--nproc-per-node={processes}", str(ROOT / "tests" / "ranks.py")]
+    torchrun += [f"--nproc-per-node={processes}", f"--log-dir={folder}"]
+    torchrun += [str(ROOT / "tests" / "ranks.py")]
     arguments = [str(folder / "runs.json"), str(folder / "results.pt")]
     done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
