@@ -1,19 +1,26 @@
 #!/usr/bin/env python3
-"""From simulation to real processes: the same rows, one process a GPU, on PyTorch's own engine.
+"""From simulation to real processes: the same rows, one process per GPU, on PyTorch's engine.
 
-    python pipedream_distributed.py                         starts torchrun, with a process a GPU
-    torchrun --nproc-per-node 4 pipedream_distributed.py    the same, started by hand
-    python pipedream_distributed.py --schedule zb-h1        any schedule of the lab, or a CSV file
+    python pipedream_distributed.py                       starts a process per GPU
+    torchrun --nproc-per-node 4 pipedream_distributed.py  the same, by hand
+    python pipedream_distributed.py --schedule zb-h1      any of the lab, or a CSV file
     python pipedream_distributed.py --num_stages 2 --hidden_size 1024 --batch_size 1024
-                                                            enough work to see a speed-up
+                                                          enough work for a speed-up
 
-CONFIG and its flags are those of pipedream_simple.py. Every process takes a GPU, or if there are
-not enough of them a share of the CPU, and runs its row of the schedule on
-torch.distributed.pipelining, the engine of PyTorch: that computes, sends and receives. Then rank 0
-does the same in one process and compares: the order of all operations, the weight versions that
-they read, losses and weights, to the bit; and the time it took with the time that was simulated.
+CONFIG and its flags are those of pipedream_simple.py. Without effect here: forward_time,
+backward_time, comm_time (time is real) and verbose. Refused: weight_stashing False, cuda:N.
 
-Read it from top to bottom: stage, engine, one process of many, proof, clock, faults, main.
+Every process takes a GPU, or if there are not enough of them a share of the CPU, and runs its row
+of the schedule on torch.distributed.pipelining, PyTorch's engine: that computes, sends and
+receives. Then rank 0 does the same as pipedream_simple.py, on one device, and compares: the order
+of all operations, the weight versions that they read, losses and weights, bit by bit; and the time
+it took with the time that was simulated.
+
+Words: a rank is the number of a process; torchrun starts them; gloo (CPU) and nccl (GPU) carry
+tensors from one to another; a row is the list of operations of one GPU, schedule[rank].
+
+This file runs twice: main() first becomes torchrun (launch), which starts it again in every
+process; there main() goes on to run_process, run_rank and, on rank 0, print_results.
 """
 
 import copy
@@ -78,14 +85,15 @@ class VersionedStage(PipelineStage):
     pins    batch -> the version that it reads here. A batch that is not in it is pinned by its
             first forward, to the newest version that there is by then (weight stashing)
     done    what this rank did so far, operation by operation
-    first   the microbatch with which the engine's step begins: it counts from 0 in every step
+    first_microbatch    of the engine's step: the engine counts from 0 in every step, we do not
     """
 
     def __init__(
         self, stage: int, config: dict, device: torch.device, pins: dict[int, int], done: list[Op]
     ):
         self.module = build_stages(config)[stage].to(device)
-        self.empty = copy.deepcopy(self.module).to("meta")  # layers with no memory for weights
+        # No memory for weights: copied for each new version, which then gets its weights assigned.
+        self.skeleton = copy.deepcopy(self.module).to("meta")
         self.num_microbatches = config["num_microbatches"]
         self.learning_rate = config["learning_rate"]
         self.pins_at_start, self.done = pins, done
@@ -106,38 +114,45 @@ class VersionedStage(PipelineStage):
 
     def reset(self) -> None:
         """Back to version 0, as if nothing had happened."""
-        self.first, self.backwards, self.newest, self.peak_versions = 0, 0, 0, 1
+        self.first_microbatch, self.backwards, self.newest, self.peak_versions = 0, 0, 0, 1
         self.versions = {0: copy.deepcopy(self.module)}
         self.pins = dict(self.pins_at_start)
 
-    def begin(self, kind: str, chunk: int) -> None:
-        """Give the engine the weights that this operation has to read."""
-        microbatch = self.first + chunk
+    def select_version(self, kind: str, chunk: int) -> None:
+        """Give the engine the weights that this operation has to read, and note it down."""
+        microbatch = self.first_microbatch + chunk
         version = self.pins.setdefault(microbatch // self.num_microbatches, self.newest)
         self.submod = self.versions[version]
         self.done.append(Op(self.stage_index, kind, microbatch, version))
 
+    # What the engine calls. It calls a microbatch a chunk; full_backward is False where a schedule
+    # has the two halves of a backward, I and W, as zb-h1 does.
+
     def forward_one_chunk(self, fwd_chunk_id: int, *args, **kwargs):
-        self.begin("F", fwd_chunk_id)
+        self.select_version("F", fwd_chunk_id)
         return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, **kwargs
     ) -> None:
-        self.begin("B" if full_backward else "I", bwd_chunk_id)
+        self.select_version("B" if full_backward else "I", bwd_chunk_id)
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, **kwargs)
         if full_backward:
             if loss is not None:  # the engine keeps the losses, their graphs would keep weights
                 loss.detach_()
-            self.count_backward()
+            self.finish_backward()
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, **kwargs) -> None:
-        self.begin("W", bwd_chunk_id)
+        self.select_version("W", bwd_chunk_id)
         super().backward_weight_one_chunk(bwd_chunk_id, **kwargs)
-        self.count_backward()
+        self.finish_backward()
 
-    def count_backward(self) -> None:
-        """After the last backward of a batch: update, and forget what no batch needs any more."""
+    def finish_backward(self) -> None:
+        """After the last backward of a batch: update, and forget what no batch needs any more.
+
+        Two batches may have read one version. Their gradients do not mix: on a stage the backwards
+        of a batch are all done before those of the next begin.
+        """
         self.backwards += 1
         if self.backwards % self.num_microbatches == 0:
             op = self.done[-1]
@@ -158,7 +173,7 @@ class VersionedStage(PipelineStage):
             # Into the memory of the gradient, which nobody needs any more.
             torch.sub(weights[name], gradient, alpha=self.learning_rate, out=gradient)
             weights[name] = gradient
-        new = copy.deepcopy(self.empty)
+        new = copy.deepcopy(self.skeleton)
         new.load_state_dict(weights, assign=True)
         self.versions[self.newest + 1] = new
 
@@ -166,43 +181,45 @@ class VersionedStage(PipelineStage):
 # ------------------------------------------------------------------------------------- engine
 #
 # PyTorch has a runtime that takes any schedule as data, under private names: only this room touches
-# them. Its public classes (ScheduleGPipe, Schedule1F1B ...) are made of a schedule that they know.
+# them. Its public classes (ScheduleGPipe, Schedule1F1B ...) know one schedule each.
 
 
 def check_engine() -> None:
-    """Raise a UserError unless this PyTorch has all that make_engine needs, and as it needs it."""
+    """Raise a UserError unless this PyTorch has what make_engine needs."""
     runtime = getattr(engines, "_PipelineScheduleRuntime", None)
     found = [hasattr(engines, "_Action"), hasattr(engines, "_add_send_recv")]
     found += [hasattr(runtime, "_prepare_schedule_with_comms")]
-    if not all(found) or torch.__version__ < "2.13":  # 2.9 has the names, but fails on gloo
+    # A TorchVersion: "2.9" < "2.13". Torch 2.9 has the names, but fails on gloo.
+    if not all(found) or torch.__version__ < "2.13":
         raise UserError(
-            f"torch {torch.__version__} has no engine that runs a schedule given as data, as "
-            "torch 2.13 has"
+            f"torch {torch.__version__} does not run a schedule given as data as torch 2.13 does: "
+            "this needs 2.13, or a newer one that still has the same private names"
         )
 
 
 def make_engine(plan: Plan, stages: list[VersionedStage]):
     """PyTorch's runtime for the stages of this rank, and the rows that one step of it runs."""
-    num_microbatches = microbatches_in_step(plan)
-
-    def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(logits, labels) / plan.config["num_microbatches"]
-
-    rows = {
-        rank: [op for op in row if op.kind != "U" and op.microbatch < num_microbatches]
+    in_step, in_batch = microbatches_in_step(plan), plan.config["num_microbatches"]
+    rank_of = {op.stage: rank for rank, row in enumerate(plan.schedule) for op in row}
+    # All steps run the same rows, each on its own microbatches. Updates are the stage's own affair.
+    # PyTorch reads the notation that str(op) writes: 2F0 is forward of microbatch 0 on stage 2.
+    actions = {
+        rank: [
+            engines._Action.from_str(str(op))
+            for op in row
+            if op.kind != "U" and op.microbatch < in_step
+        ]
         for rank, row in enumerate(plan.schedule)
     }
-    rank_of = {op.stage: rank for rank, row in rows.items() for op in row}
-    # It reads the notation that str(op) writes: 2F0 is forward of microbatch 0 on stage 2.
-    rows = {rank: [engines._Action.from_str(str(op)) for op in row] for rank, row in rows.items()}
-    rows = engines._add_send_recv(rows, rank_of.__getitem__, plan.config["num_stages"])
-    engine = engines._PipelineScheduleRuntime(
-        stages,
-        num_microbatches,
-        loss_fn=loss_of,
-        scale_grads=False,  # it would divide by the microbatches of a step: the loss is divided
-    )
-    engine._prepare_schedule_with_comms(rows, format="compute_comms")
+    # What has to be sent and received. (The engine would add it too, in quadratic time.)
+    actions = engines._add_send_recv(actions, rank_of.__getitem__, plan.config["num_stages"])
+
+    def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(logits, labels) / in_batch
+
+    # scale_grads would divide by the microbatches of a step; loss_of divides by those of a batch.
+    engine = engines._PipelineScheduleRuntime(stages, in_step, loss_fn=loss_of, scale_grads=False)
+    engine._prepare_schedule_with_comms(actions, format="compute_comms")
     return engine
 
 
@@ -228,17 +245,13 @@ class Report(NamedTuple):
 def run_rank(plan: Plan, device: torch.device, num_runs: int = 1) -> Report:
     """Train on this rank's row of the schedule; several times, each from the start, to time it."""
     config, row = plan.config, plan.schedule[dist.get_rank()]
-    pins = {}
-    if config["vertical_sync"]:  # a batch reads the version that stage 0 read, on every stage
-        forwards = (op for op in plan.schedule[0] if op.kind == "F")
-        pins = {op.microbatch // config["num_microbatches"]: op.version for op in forwards}
     done: list[Op] = []
     mine = sorted({op.stage for op in row})
-    stages = [VersionedStage(stage, config, device, pins, done) for stage in mine]
+    stages = [VersionedStage(stage, config, device, given_pins(plan), done) for stage in mine]
     engine = make_engine(plan, stages)
-    x, y = (torch.cat(part).to(device) for part in zip(*make_batches(config), strict=True))
-    num_images = microbatches_in_step(plan) * config["batch_size"] // config["num_microbatches"]
-
+    xs, ys = zip(*make_batches(config), strict=True)
+    x, y = torch.cat(xs).to(device), torch.cat(ys).to(device)
+    images_in_step = microbatches_in_step(plan) * config["batch_size"] // config["num_microbatches"]
     seconds = []
     for _ in range(num_runs):
         losses: list[Tensor] = []
@@ -247,13 +260,13 @@ def run_rank(plan: Plan, device: torch.device, num_runs: int = 1) -> Report:
             stage.reset()
         meet()
         start = now(device)
-        for x_part, y_part in zip(x.split(num_images), y.split(num_images), strict=True):
-            images = [x_part] if stages[0].is_first else []
+        for x_part, y_part in zip(x.split(images_in_step), y.split(images_in_step), strict=True):
+            images = [x_part] if stages[0].is_first else []  # the labels serve the last stage only
             of_step: list[Tensor] = []
             engine.step(*images, target=y_part, losses=of_step, return_outputs=False)
             losses += [loss.detach() for loss in of_step]
             for stage in stages:
-                stage.first += microbatches_in_step(plan)
+                stage.first_microbatch += microbatches_in_step(plan)
         seconds.append(now(device) - start)
     return Report(
         list(done),
@@ -264,12 +277,23 @@ def run_rank(plan: Plan, device: torch.device, num_runs: int = 1) -> Report:
     )
 
 
+def given_pins(plan: Plan) -> dict[int, int]:
+    """With vertical sync: batch -> the version that stage 0 reads, from its row; else nothing.
+
+    (In the paper the number travels with the microbatch. The engine sends activations only.)
+    """
+    if not plan.config["vertical_sync"]:
+        return {}
+    forwards = (op for op in plan.schedule[0] if op.kind == "F")
+    return {op.microbatch // plan.config["num_microbatches"]: op.version for op in forwards}
+
+
 def weights_of(module: nn.Module) -> Weights:
     return {name: w.detach().cpu() for name, w in module.named_parameters()}
 
 
 def meet() -> None:
-    """Wait until all ranks are here."""
+    """Wait until all ranks are here: a sum over all, on the CPU, so that gloo carries it."""
     dist.all_reduce(torch.zeros(1))
 
 
@@ -299,47 +323,84 @@ def as_run(reports: list[Report], plan: Plan) -> Run:
 # -------------------------------------------------------------------------------------- proof
 
 
-def compare_runs(reports: list[Report], plan: Plan, device: torch.device) -> tuple[str, bool]:
-    """What pipedream_simple.py does on one device, beside what the ranks did: a table; is it equal?
+class Proof(NamedTuple):
+    """What the ranks did beside what pipedream_simple.py does with the same rows on one device."""
 
-    Order and versions must be the same, losses and weights as well, but for rounding on GPUs.
-    """
+    in_order: int  # operations that stand where the schedule has them, with the version it has
+    num_ops: int
+    same_versions: int  # forwards and backwards that read the same version
+    num_read: int
+    peaks: list[int]  # the most versions alive at once, stage by stage
+    expected_peaks: list[int]
+    of_losses: float  # largest difference
+    of_weights: list[float]  # largest difference, stage by stage
+
+    def holds(self) -> bool:
+        """Order and versions are the same, and so are losses and weights, but for rounding."""
+        counts = self.in_order == self.num_ops and self.same_versions == self.num_read
+        close = all(number < 1e-4 for number in (self.of_losses, *self.of_weights))  # no NaN
+        return counts and self.peaks == self.expected_peaks and close
+
+
+def prove(reports: list[Report], plan: Plan, device: torch.device) -> Proof:
+    """Do it again on one device, and compare."""
     real = as_run(reports, plan)
-    simulated = train({**plan.config, "device": str(device)}, schedule=plan.schedule)
-    in_order = [report.done for report in reports] == plan.schedule
-    same_versions = real.versions_read == simulated.versions_read
-    same_peaks = real.peak_versions == simulated.peak_versions
-    of_losses = difference(*(torch.tensor(run.losses) for run in (real, simulated)))
-    of_weights = [
-        max(difference(ours[name], theirs[name].detach().cpu()) for name in ours)
-        for ours, theirs in zip(real.weights, simulated.weights, strict=True)
-    ]
-    close = all(number < 1e-4 for number in (of_losses, *of_weights))  # not if it is not a number
-    num_ops, num_read = sum(map(len, plan.schedule)), len(simulated.versions_read)
+    alone = train({**plan.config, "device": str(device)}, schedule=plan.schedule)
+    rows = zip((report.done for report in reports), plan.schedule, strict=True)
+    in_order = [a == b for did, row in rows for a, b in itertools.zip_longest(did, row)]
+    read = alone.versions_read
+    return Proof(
+        in_order=sum(in_order),
+        num_ops=len(in_order),
+        same_versions=sum(real.versions_read.get(op) == read[op] for op in read),
+        num_read=len(read),
+        peaks=real.peak_versions,
+        expected_peaks=alone.peak_versions,
+        of_losses=difference(*(torch.tensor(run.losses) for run in (real, alone))),
+        of_weights=[
+            max(difference(ours[name], theirs[name].detach().cpu()) for name in ours)
+            for ours, theirs in zip(real.weights, alone.weights, strict=True)
+        ],
+    )
+
+
+def format_proof(proof: Proof) -> str:
+    """The verdict, and all that it rests on."""
+    exact = not any((proof.of_losses, *proof.of_weights))
+    verdict = "✅ THE SAME AS pipedream_simple.py" + (
+        ", TO THE BIT" if exact else ", BUT FOR ROUNDING"
+    )
+    if not proof.holds():
+        verdict = "❌ NOT THE SAME AS pipedream_simple.py"
+    peaks = " ".join(map(str, proof.peaks))
+    peaks += (
+        " (the same)" if proof.peaks == proof.expected_peaks else f" NOT {proof.expected_peaks}"
+    )
     table = [
-        ["operations in the order of the schedule", f"all {num_ops}" if in_order else "NOT ALL"],
-        ["weight versions read, the same", f"all {num_read}" if same_versions else "NOT ALL"],
-        ["weight versions alive, peak of each stage", " ".join(map(str, real.peak_versions))],
-        ["largest difference of a loss", f"{of_losses:.1g}"],
-        ["largest difference of a weight, each stage", " ".join(f"{d:.1g}" for d in of_weights)],
+        ["operations in the order of the schedule", f"{proof.in_order} of {proof.num_ops}"],
+        ["forwards and backwards on its versions", f"{proof.same_versions} of {proof.num_read}"],
+        ["most weight versions alive, each stage", peaks],
+        ["largest difference of a loss", f"{proof.of_losses:.1g}"],
+        [
+            "largest difference of a weight, each stage",
+            " ".join(f"{d:.1g}" for d in proof.of_weights),
+        ],
     ]
-    table[2][1] += " (the same)" if same_peaks else f" NOT {simulated.peak_versions}"
-    table[4][1] += "" if any(of_weights) else " (equal to the bit)"
-    return "\n".join(format_table(table)), in_order and same_versions and same_peaks and close
+    return "\n".join([verdict, *format_table(table)])
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest of any number, 0 only if all bits are the same."""
+    """The largest absolute difference; 0 only if all bits are equal."""
     if a.numpy().tobytes() == b.numpy().tobytes():
         return 0.0
-    return (a - b).abs().max().item() or math.ulp(0)  # 0.0 and -0.0 are not the same
+    return (a - b).abs().max().item() or math.ulp(0)  # 0.0 and -0.0 differ by the least there is
 
 
 # -------------------------------------------------------------------------------------- clock
 
 
 def one_process(config: dict, num_runs: int) -> list[float]:
-    """Seconds for the same batches in one process, as one writes it without a pipeline."""
+    """Seconds for plain training on the same batches: one process, no pipeline."""
     device = torch.device(config["device"])
     network = nn.Sequential(*build_stages(config)).to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=config["learning_rate"])
@@ -358,7 +419,7 @@ def one_process(config: dict, num_runs: int) -> list[float]:
 
 
 def simulated_time(plan: Plan, device: torch.device) -> tuple[float, float]:
-    """Milliseconds of a batch, with the measured times of every stage: pipelined, one after all."""
+    """Milliseconds of a batch from measured stages: pipelined, and one operation at a time."""
     config = {**plan.config, "device": str(device)}
     forward, backward = measure_stages(config)
     measured = {**config, "forward_time": forward, "backward_time": backward, "comm_time": 0}
@@ -367,34 +428,42 @@ def simulated_time(plan: Plan, device: torch.device) -> tuple[float, float]:
 
 
 def format_clock(reports: list[Report], plan: Plan, device: torch.device) -> str:
-    """The time of a batch as it was, as simulated, and in one process."""
+    """The time of a batch: of the run, of plain training, and simulated. Each with its speed-up."""
     num_batches, processes = plan.config["num_batches"], len(reports)
     runs = [max(took) for took in zip(*(report.seconds for report in reports), strict=True)][1:]
-    alone = one_process({**plan.config, "device": str(device)}, len(runs) + 1)[1:]
-    simulated, simulated_alone = simulated_time(plan, device)
-    one, real = (1000 * statistics.median(took) / num_batches for took in (alone, runs))
+    plain = one_process({**plan.config, "device": str(device)}, len(runs) + 1)[1:]
+    simulated, one_by_one = simulated_time(plan, device)
+    one, real = (1000 * statistics.median(took) / num_batches for took in (plain, runs))
     lowest, highest = (1000 * took / num_batches for took in (min(runs), max(runs)))
     spread = f" ({lowest:.4g} to {highest:.4g})" if len(runs) > 1 else ""
     table = [
         ["", "ms a batch", "speed-up"],
-        ["one process", f"{one:.4g}", "1.00x"],
-        [f"{processes} processes", f"{real:.4g}{spread}", f"{one / real:.2f}x"],
-        ["simulated", f"{simulated:.4g}", f"{simulated_alone / simulated:.2f}x"],
+        ["plain training, 1 process", f"{one:.4g}", "1.00x"],
+        [f"the pipeline, {count(processes)}", f"{real:.4g}{spread}", f"{one / real:.2f}x"],
+        ["simulated, 1 process", f"{one_by_one:.4g}", "1.00x"],
+        [f"simulated, {count(processes)}", f"{simulated:.4g}", f"{one_by_one / simulated:.2f}x"],
     ]
-    runs_are = f"median of {len(runs)} runs (lowest to highest)" if spread else "of one run"
+    runs_are = f"median of {len(runs)} (lowest to highest)" if spread else "one run"
     lines = [
         *format_table(table),
-        f"   Real time: {runs_are} after one to warm up.",
+        f"   Real: time of a run / batches, {runs_are}.",
         "   Simulated: from each stage's forward and backward, measured while nothing else",
         "   ran; without sending, updates, and the engine's own work for each operation.",
     ]
-    if device.type == "cpu" and num_cores() < processes:
-        shared = f"{processes} processes share {num_cores()} cores and take turns"
-        lines.append(f"   {shared}: no speed-up can show.")
-    elif real > 2 * simulated:
-        lines.append("   Here that is most of it: --hidden_size 1024 --batch_size 1024 gives")
-        lines.append("   the operations more to do.")
+    cores = num_cores() if device.type == "cpu" else processes
+    if cores < processes:
+        lines.append(
+            f"   {processes} processes share {cores} core{'s' * (cores > 1)} and take turns:"
+        )
+        lines.append(f"   the simulated speed-up cannot show, only up to {cores}x.")
+    if real > 2 * max(simulated, one_by_one / cores):
+        lines.append("   Operations are so small here that these three take most of the time.")
+        lines.append("   They weigh less in larger ones: --hidden_size 1024 --batch_size 1024")
     return "\n".join(lines)
+
+
+def count(processes: int) -> str:
+    return f"{processes} process" + "es" * (processes > 1)
 
 
 def num_cores() -> int:
@@ -404,15 +473,18 @@ def num_cores() -> int:
 
 # ------------------------------------------------------------------------------------- faults
 #
-# When a rank dies or stalls, others wait for it, and others for these: who waits does not know for
-# whom. So everybody who has waited in vain says so in the store, and who says nothing is the one.
+# When a rank dies or hangs, a second waits for it, a third for the second, and none of them knows
+# where this ends. So every rank that gives up notes that down in the store (a small server of keys
+# and values, which torchrun runs for the ranks), and the one that notes nothing is to blame.
+
+LOST = re.compile("gloo|NCCL|timed? ?out|connect|socket|store", re.IGNORECASE)  # all RuntimeErrors
 
 
 class Watch:
     """Ends the job, and says which rank is to blame, when a rank does not answer any more.
 
-    timeout     seconds: a rank waits two thirds of it for another one, and when that was in vain
-                up to one third for all who wait to say so
+    timeout     seconds, for all of it: two thirds for a rank to wait for another one, one third for
+                all others to give up too
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float):
@@ -424,37 +496,37 @@ class Watch:
             raise UserError(f"rank {rank} does not find the others: {error}") from None
 
     @contextmanager
-    def over(self) -> Iterator[None]:
-        """Around all that waits for other ranks."""
+    def blaming(self) -> Iterator[None]:
+        """What is done inside waits for other ranks: where that is in vain, find out for whom."""
         try:
             yield
         except RuntimeError as error:
-            if not re.search("gloo|NCCL|timed? ?out|connect|socket|store", str(error), re.I):
+            if not LOST.search(str(error)):
                 raise
-            self.blame(str(error))
+            self.give_up(str(error))
 
-    def blame(self, error: str) -> NoReturn:
-        """Say that this rank has waited in vain, find out who does not, and end the job."""
+    def give_up(self, error: str) -> NoReturn:
+        """Note down that this rank waits in vain, see who else does not, and end the job."""
         deadline = time.monotonic() + self.timeout / 3
+        ranks = range(self.world_size)
         try:
-            self.store.set(f"in vain {self.rank}", "")
-            everybody = range(self.world_size)
+            self.store.set(f"gave up {self.rank}", "")
             while True:
-                silent = [r for r in everybody if not self.store.check([f"in vain {r}"])]
+                silent = [rank for rank in ranks if not self.store.check([f"gave up {rank}"])]
                 if len(silent) <= 1 or time.monotonic() > deadline:
                     break
                 time.sleep(0.05)
-            if self.rank == min(set(everybody) - set(silent)):  # one speaks for all
+            if self.rank == min({*ranks} - {*silent}):  # one speaks for all
                 self.end(silent, error)
             else:
-                time.sleep(1)
+                time.sleep(1)  # torchrun ends this process when that one has spoken
         except RuntimeError:  # the store is gone too
             print(f"rank {self.rank}: the others are gone: {error}", file=sys.stderr)
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(1)  # at once, whatever other threads wait for
 
     def end(self, silent: list[int], error: str) -> None:
-        """Name the silent ranks, and kill those on this machine: one that is stopped stays."""
+        """Name the silent ranks, and kill them: torchrun's SIGTERM does not end a stopped one."""
         ranks = " and ".join(f"rank {rank}" for rank in silent)
         why = f"{ranks} did not answer within --timeout {self.timeout:g} s: dead, stopped or stuck"
         why = why if silent else " ".join(f"rank {self.rank}: {error}".split())
@@ -463,30 +535,30 @@ class Watch:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def meet_until(self, finished: threading.Event | None) -> None:
-        """All ranks meet again and again until rank 0 has finished, so that nobody waits unseen."""
-        with self.over():
+    def keep_meeting(self, finished: threading.Event | None) -> None:
+        """All ranks meet again and again until rank 0 has finished: whoever fails is noticed."""
+        with self.blaming():
             over = torch.zeros(1)
             while not over:
-                if finished:
+                if finished:  # rank 0: time between two meetings
                     over += finished.wait(self.timeout / 20)
                 dist.all_reduce(over)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Around what rank 0 does while the others have nothing to do."""
+    def others_waiting(self) -> Iterator[None]:
+        """Inside, rank 0 works alone. A thread meets the others meanwhile."""
         finished = threading.Event()
-        company = threading.Thread(target=self.meet_until, args=[finished], daemon=True)
-        company.start()
-        yield
+        meeting = threading.Thread(target=self.keep_meeting, args=[finished], daemon=True)
+        meeting.start()
+        yield  # an error ends the process, and with it the thread
         finished.set()
-        company.join()
+        meeting.join()
 
 
 def processes_of(rank: int) -> Iterator[int]:
-    """The processes of a rank of this job on this machine. Only Linux tells.
+    """The processes of a rank of this job on this machine; on Linux only.
 
-    Elsewhere torchrun ends them: it gives a stopped one 30 seconds.
+    Elsewhere a stopped process ends some 30 seconds later, when torchrun loses patience with it.
     """
     job = {f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT")}
     for path in Path("/proc").glob("[0-9]*/environ"):
@@ -496,7 +568,7 @@ def processes_of(rank: int) -> Iterator[int]:
 
 
 def end_with(parent: int) -> None:
-    """End this process when torchrun is gone: nobody else would, if it hung."""
+    """End this process when torchrun has gone: nobody else would, if it hung."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -505,6 +577,7 @@ def end_with(parent: int) -> None:
 # --------------------------------------------------------------------------------------- main
 
 MAX_PROCESSES = 16  # that this program starts by itself
+TIMEOUT, REPEATS = 60, 3
 
 
 def place(config: dict, local_rank: int, processes_here: int) -> torch.device:
@@ -522,9 +595,8 @@ def place(config: dict, local_rank: int, processes_here: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def check_all(config: dict, chunks_per_gpu: int, other: dict) -> Plan:
-    """The plan, and a UserError for what can be known to fail before a process group is made."""
-    timeout, repeats = other.get("timeout", 60), other.get("repeats", 3)
+def checked_plan(config: dict, chunks_per_gpu: int, timeout: float, repeats: int) -> Plan:
+    """The plan, or a UserError for what can be known to fail before a process group is made."""
     if not is_number(timeout) or not 1 <= timeout <= 86400:
         raise UserError(f"timeout={timeout!r} must be a number of seconds, 1 to 86,400")
     if not is_whole(repeats, 1, 1000):
@@ -540,7 +612,7 @@ def check_all(config: dict, chunks_per_gpu: int, other: dict) -> Plan:
     return make_plan(config, chunks_per_gpu)
 
 
-def check_place(plan: Plan, world_size: int) -> None:
+def check_world_size(plan: Plan, world_size: int) -> None:
     """Raise a UserError unless there are as many processes as the schedule has rows."""
     needed = len(plan.schedule)
     if world_size != needed:
@@ -555,11 +627,13 @@ def from_torchrun(name: str) -> int:
     try:
         return int(os.environ[name])
     except (KeyError, ValueError):
-        raise UserError(f"RANK is set, {name} is no number: start it with torchrun") from None
+        raise UserError(
+            f"RANK is set, but {name} is not a number: start with torchrun, or unset RANK"
+        ) from None
 
 
 def launch(num_processes: int) -> None:
-    """Be torchrun: start this file in so many processes, and end all of them if one fails."""
+    """Do what torchrun does: start this file in so many processes, end all of them if one fails."""
     if num_processes > MAX_PROCESSES:
         raise UserError(
             f"{num_processes} processes are more than the {MAX_PROCESSES} that this starts by "
@@ -570,6 +644,7 @@ def launch(num_processes: int) -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # when the job fails, one line says why
     }
     os.environ |= {name: os.environ.get(name, value) for name, value in defaults.items()}
+    print(f"Starting {count(num_processes)}, which takes some seconds ...", flush=True)
     try:
         with tempfile.TemporaryDirectory() as logs:  # torchrun would leave one behind
             flags = ["--standalone", f"--nproc-per-node={num_processes}", f"--log-dir={logs}"]
@@ -598,10 +673,10 @@ def format_start(plan: Plan, device: torch.device) -> str:
     name, keeps = schedule_name(plan.config)
     processes = len(plan.schedule)
     return f"""\
-🚀 {name} on {processes} real process{"es" * (processes > 1)} ({describe(device)})
+🚀 {name} on {count(processes)}, real ones ({describe(device)})
 Engine: torch.distributed.pipelining of torch {torch.__version__}
 Pipeline stages: {plan.config["num_stages"]}
-Microbatches: {plan.config["num_microbatches"]}
+Microbatches: {plan.config["num_microbatches"]} in a batch
 Schedule: {plan.name} ({keeps})
 """
 
@@ -612,48 +687,47 @@ def run_process(plan: Plan, device: torch.device, timeout: float, repeats: int) 
     watch = Watch(rank, world_size, timeout)
     if rank == 0:
         print(format_start(plan, device), flush=True)
-    with watch.over():
+    with watch.blaming():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         group = {"store": watch.store, "rank": rank, "world_size": world_size}
         dist.init_process_group(backend, **group, timeout=watch.patience)
         reports = gather(run_rank(plan, device, num_runs=1 + repeats))
-    equal = True
+    holds = True
     if rank > 0:
-        watch.meet_until(None)
+        watch.keep_meeting(None)
     else:
-        with watch.alone():
-            equal = tell(reports, plan, device)
+        with watch.others_waiting():
+            holds = print_results(reports, plan, device)
     dist.destroy_process_group()
-    if not equal:
+    if not holds:
         sys.exit(1)
 
 
-def tell(reports: list[Report], plan: Plan, device: torch.device) -> bool:
-    """Print what came out; is it the same as in one process?"""
+def print_results(reports: list[Report], plan: Plan, device: torch.device) -> bool:
+    """Print what came out; does the proof hold?"""
     run = as_run(reports, plan)
     print(f"Training results ({plan.config['num_batches']} batches):")
     print("\n".join(f"- {format_loss(b, run)}" for b in batches_shown(plan.config["num_batches"])))
-    proof, equal = compare_runs(reports, plan, device)
-    print("\n✅ THE SAME AS IN ONE PROCESS" if equal else "\n❌ NOT THE SAME AS IN ONE PROCESS")
-    print(proof, flush=True)
+    proof = prove(reports, plan, device)
+    print("\n" + format_proof(proof), flush=True)
     print(f"\n📊 REAL AND SIMULATED TIME ({describe(device)})")
     print(format_clock(reports, plan, device), flush=True)
-    return equal
+    return proof.holds()
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    help = "seconds within which the job ends when a rank dies or stalls (now 60)"
-    parser.add_argument("--timeout", type=float, metavar="X", help=help)
-    help = "timed runs, after one to warm up (now 3)"
-    parser.add_argument("--repeats", type=int, metavar="X", help=help)
+    says = f"seconds within which the job ends when a rank dies or hangs (now {TIMEOUT})"
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="X", help=says)
+    says = f"timed runs, after one to warm up; the results are of the last (now {REPEATS})"
+    parser.add_argument("--repeats", type=int, default=REPEATS, metavar="X", help=says)
     logging.disable()  # when a rank fails, PyTorch would print the whole schedule
-    is_rank = "RANK" in os.environ
+    is_rank = "RANK" in os.environ  # started by torchrun
     try:
         config, chunks, other = parse_lab_config(parser)
-        plan = check_all(config, chunks, other)
+        plan = checked_plan(config, chunks, other["timeout"], other["repeats"])
         if is_rank:
-            check_place(plan, from_torchrun("WORLD_SIZE"))
+            check_world_size(plan, from_torchrun("WORLD_SIZE"))
         processes_here = from_torchrun("LOCAL_WORLD_SIZE") if is_rank else len(plan.schedule)
         device = place(config, from_torchrun("LOCAL_RANK") if is_rank else 0, processes_here)
     except UserError:
@@ -667,7 +741,7 @@ def main() -> None:
         threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    run_process(plan, device, other.get("timeout", 60), other.get("repeats", 3))
+    run_process(plan, device, other["timeout"], other["repeats"])
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ class WatchedStage(pipedream_distributed.VersionedStage):
         super().update(read)
         self.seen[self.newest + 1] = self.reference(self.newest + 1)
 
-    def begin(self, kind, chunk):
-        super().begin(kind, chunk)
+    def select_version(self, kind, chunk):
+        super().select_version(kind, chunk)
         alive = [version for version, reference in self.seen.items() if reference() is not None]
         in_memory.append((self.stage_index, sorted(self.versions), alive))
 

@@ -24,12 +24,14 @@ from pipedream_distributed import (
     Report,
     Watch,
     as_run,
-    compare_runs,
     difference,
     format_clock,
+    format_proof,
     main,
+    num_cores,
     one_process,
     place,
+    prove,
 )
 from pipedream_lab import make_plan
 from pipedream_simple import CONFIG, UserError, peak_versions, run_main, train
@@ -126,9 +128,9 @@ def test_real_processes_and_one_device_agree_to_the_bit(processes, name, results
     assert real.peak_versions == alone.peak_versions
     for ours, theirs in zip(real.weights, alone.weights, strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    text, equal = compare_runs(reports, plan, torch.device("cpu"))
-    assert equal
-    assert "equal to the bit" in text
+    proof = prove(reports, plan, torch.device("cpu"))
+    assert proof.holds()
+    assert "THE SAME AS pipedream_simple.py, TO THE BIT" in format_proof(proof)
 
 
 @pytest.mark.parametrize(("processes", "name"), CASES)
@@ -157,26 +159,32 @@ def altered(reports, **changes):
 
 def test_the_proof_fails_where_anything_differs(results):
     plan, reports, *_ = results[2]["pipedream"]
-    cpu = torch.device("cpu")
-    done = reports[0].done
-    other_order = altered(reports, done=[done[1], done[0], *done[2:]])
-    other_version = altered(reports, done=[done[0]._replace(version=1), *done[1:]])
-    weights = {0: {name: w + 1e-3 for name, w in reports[0].weights[0].items()}}
-    other_losses = [reports[0], reports[1]._replace(losses=[2.0] * len(reports[1].losses))]
-    for wrong, text in (
-        (other_order, "operations in the order of the schedule      NOT ALL"),
-        (other_version, "weight versions read, the same               NOT ALL"),
-        (altered(reports, weights=weights), "largest difference of a weight, each stage   0.001 0"),
-        (altered(reports, peak_versions={0: 3}), "3 1 NOT [2, 1]"),
-        (other_losses, "largest difference of a loss                 "),
+    done, weights, losses = reports[0].done, reports[0].weights[0], reports[1].losses
+    changed = {name: w + 1e-3 for name, w in weights.items()}
+    not_a_number = {name: w * math.nan for name, w in weights.items()}
+    for wrong, line in (
+        (altered(reports, done=[done[1], done[0], *done[2:]]), "schedule 88 of 90"),
+        (altered(reports, done=done[:-1]), "schedule 89 of 90"),
+        (altered(reports, done=[*done, done[0]]), "schedule 90 of 91"),
+        (altered(reports, done=[done[0]._replace(version=1), *done[1:]]), "versions 79 of 80"),
+        (altered(reports, weights={0: changed}), "weight, each stage 0.001 0"),
+        (altered(reports, weights={0: not_a_number}), "weight, each stage nan 0"),
+        (altered(reports, peak_versions={0: 3}), "alive, each stage 3 1 NOT [2, 1]"),
+        ([reports[0], reports[1]._replace(losses=[2.0] * len(losses))], "a loss "),
     ):
-        table, equal = compare_runs(wrong, plan, cpu)
-        assert text in table
-        assert not equal
-    nan = {0: {name: w * math.nan for name, w in reports[0].weights[0].items()}}
-    table, equal = compare_runs(altered(reports, weights=nan), plan, cpu)
-    assert "nan 0" in table
-    assert not equal
+        proof = prove(wrong, plan, torch.device("cpu"))
+        text = re.sub(" +", " ", format_proof(proof))
+        assert line in text
+        assert text.startswith("❌ NOT THE SAME") is not proof.holds()
+        assert not proof.holds(), line
+
+
+def test_rounding_is_no_fault_and_is_told(results):
+    plan, reports, *_ = results[2]["pipedream"]
+    rounded = {0: {name: w + 1e-6 for name, w in reports[0].weights[0].items()}}
+    proof = prove(altered(reports, weights=rounded), plan, torch.device("cpu"))
+    assert proof.holds()
+    assert format_proof(proof).startswith("✅ THE SAME AS pipedream_simple.py, BUT FOR ROUNDING")
 
 
 def test_a_difference_is_zero_only_for_the_same_bits():
@@ -188,20 +196,22 @@ def test_a_difference_is_zero_only_for_the_same_bits():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "cores", "simulated", "hint"),
+    ("schedule", "cores", "simulated", "small", "hints"),
     [
-        ("naive", 2, "24           1.00x", "Here that is most of it"),
-        ("gpipe", 2, "15           1.60x", "Here that is most of it"),
-        ("gpipe", 1, "15           1.60x", "2 processes share 1 cores and take turns"),
+        ("naive", 2, "24 1.00x", 1, ["so small"]),
+        ("gpipe", 2, "15 1.60x", 1, ["so small"]),
+        ("gpipe", 2, "15 1.60x", 3, []),
+        ("gpipe", 1, "15 1.60x", 1, ["share 1 core and", "only up to 1x", "so small"]),
+        ("gpipe", 1, "15 1.60x", 2, ["share 1 core and", "only up to 1x"]),
     ],
 )
 def test_the_clock_takes_the_slowest_rank_and_leaves_the_first_run_out(
-    schedule, cores, simulated, hint, monkeypatch
+    schedule, cores, simulated, small, hints, monkeypatch
 ):
     """Milliseconds: a forward takes 1, a backward 2; a batch of four microbatches, five batches."""
     plan = make_plan({**SMALL, "num_stages": 2, "schedule": schedule}, 1)
     of_ranks = ([9.0, 0.3, 0.1, 0.4], [9.0, 0.2, 0.5, 0.1])  # seconds of each run
-    reports = [Report([], [], {}, {}, seconds) for seconds in of_ranks]
+    reports = [Report([], [], {}, {}, [took / small for took in seconds]) for seconds in of_ranks]
     times = [1.0, 1.0], [2.0, 2.0]
     monkeypatch.setattr(pipedream_distributed, "measure_stages", lambda config: times)
     alone = [9.0, 0.125, 0.15, 0.1]
@@ -209,11 +219,15 @@ def test_the_clock_takes_the_slowest_rank_and_leaves_the_first_run_out(
     monkeypatch.setattr(pipedream_distributed, "num_cores", lambda: cores)
     text = format_clock(reports, plan, torch.device("cpu"))
     lines = [re.sub(" +", " ", line) for line in text.splitlines()]
-    assert lines[1] == "one process 25 1.00x"
-    assert lines[2] == "2 processes 80 (60 to 100) 0.31x"  # 0.3, 0.5 and 0.4 s for five batches
-    assert lines[3] == "simulated " + re.sub(" +", " ", simulated)
-    assert "median of 3 runs" in text
-    assert hint in text
+    assert lines[1] == "plain training, 1 process 25 1.00x"
+    if small == 1:  # 0.3, 0.5 and 0.4 s for five batches
+        assert lines[2] == "the pipeline, 2 processes 80 (60 to 100) 0.31x"
+    assert lines[3] == "simulated, 1 process 24 1.00x"
+    assert lines[4] == f"simulated, 2 processes {simulated}"
+    assert "median of 3 (lowest to highest)" in text
+    for hint in ("share 1 core and", "only up to 1x", "so small"):
+        assert (hint in text) == (hint in hints)
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_one_process_is_timed_for_every_run():
@@ -234,9 +248,8 @@ def test_started_plainly_it_starts_all_processes_and_proves_what_they_did(defaul
     assert default_run.returncode == 0
     assert default_run.stderr == ""
     out = default_run.stdout
-    assert "PipeDream on 4 real processes" in out
-    assert "THE SAME AS IN ONE PROCESS" in out
-    assert "equal to the bit" in out
+    assert "PipeDream on 4 processes, real ones" in out
+    assert "THE SAME AS pipedream_simple.py, TO THE BIT" in out
 
 
 def test_it_prints_the_lines_of_the_simulation(default_run, monkeypatch, capsys):
@@ -250,16 +263,14 @@ def test_it_prints_the_lines_of_the_simulation(default_run, monkeypatch, capsys)
 
 def test_the_times_that_it_prints_fit_together(default_run):
     lines = default_run.stdout.partition("REAL AND SIMULATED TIME")[2].splitlines()
-    cells = [re.split(r" {2,}", line.strip()) for line in lines[2:5]]
-    assert [name for name, *_ in cells] == ["one process", "4 processes", "simulated"]
-    one, real, simulated = (float(time.split()[0]) for _, time, _ in cells)
+    cells = [re.split(r" {2,}", line.strip()) for line in lines[2:6]]
+    one, real, one_by_one, simulated = (float(time.split()[0]) for _, time, _ in cells)
     speed_ups = [float(cell.rstrip("x")) for *_, cell in cells]
-    assert speed_ups[0] == 1
-    assert speed_ups[1] == pytest.approx(one / real, abs=0.006)
+    expected = [1, one / real, 1, one_by_one / simulated]
+    assert speed_ups == pytest.approx(expected, abs=0.006)
     assert simulated < real  # it leaves out what the engine does
-    assert 1 < speed_ups[2] <= 4
-    fewer = pipedream_distributed.num_cores() < 4
-    assert ("take turns: no speed-up can show" in default_run.stdout) == fewer
+    assert 1 < speed_ups[3] <= 4
+    assert ("the simulated speed-up cannot show" in default_run.stdout) == (num_cores() < 4)
 
 
 # ------------------------------------------------------------------------------------- faults
@@ -356,12 +367,12 @@ def test_it_names_the_ranks_that_do_not_say_that_they_wait(rank, late, named, mo
     """A rank of four waits in vain; others say the same, after so many looks, or never."""
     watch = object.__new__(Watch)
     watch.rank, watch.world_size, watch.timeout = rank, 4, 1.5
-    watch.store = Store({f"in vain {other}": looks for other, looks in late.items()})
+    watch.store = Store({f"gave up {other}": looks for other, looks in late.items()})
     killed = []
     monkeypatch.setattr(pipedream_distributed, "processes_of", lambda rank: [1000 + rank])
     monkeypatch.setattr(os, "kill", lambda pid, _: killed.append(pid))
     monkeypatch.setattr(os, "_exit", sys.exit)
-    with pytest.raises(SystemExit) as stop, watch.over():
+    with pytest.raises(SystemExit) as stop, watch.blaming():
         raise RuntimeError("connection closed\nby peer")
     assert stop.value.code == 1
     error = capsys.readouterr().err
@@ -376,7 +387,7 @@ def test_it_names_the_ranks_that_do_not_say_that_they_wait(rank, late, named, mo
 
 def test_an_error_of_its_own_is_no_reason_to_blame_another_rank():
     watch = object.__new__(Watch)
-    with pytest.raises(RuntimeError, match="shapes"), watch.over():
+    with pytest.raises(RuntimeError, match="shapes"), watch.blaming():
         raise RuntimeError("shapes cannot be multiplied")
 
 
@@ -460,7 +471,7 @@ def test_an_environment_that_torchrun_would_not_make_is_one_line(told):
     assert told(RANK="0")[0].count("\n") == 1
     error, status = told(RANK="first", WORLD_SIZE="4")
     assert status == 2
-    assert "RANK is no number" in error
+    assert "RANK is not a number" in error
     error, status = told(**rank(0, 4))
     assert status == 2
     assert "MASTER_ADDR" in error
@@ -485,12 +496,12 @@ def test_a_torch_without_the_private_names_is_told(owner, name, told, monkeypatc
     monkeypatch.delattr(owner, name)
     error, status = told()
     assert status == 2
-    assert f"torch {torch.__version__} has no engine" in error
+    assert f"torch {torch.__version__} does not run a schedule given as data" in error
 
 
 def test_an_older_torch_is_told(told, monkeypatch):
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cu128"))
-    assert "torch 2.9.1+cu128 has no engine" in told()[0]
+    assert "torch 2.9.1+cu128 does not run a schedule given as data" in told()[0]
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.13.0"))
     pipedream_distributed.check_engine()
 
