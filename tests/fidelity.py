@@ -1,8 +1,8 @@
 """Real time against simulated time: torchrun --nproc-per-node 2 tests/fidelity.py
 
 Two processes of one thread on two cores, on a network whose operations are long enough to measure.
-In every round rank 0 measures the forward and backward of the stages while the other waits, then a
-process alone trains on the batches, then both together with every schedule. A ratio is of times of
+In every round rank 0 measures the forward and backward of the stages and trains on the batches by
+itself, while the other waits; then both train, with every schedule. A ratio is of times of
 one round, so that it holds on a machine that is busy with other things. Nothing here is asserted.
 """
 
@@ -36,11 +36,15 @@ def main() -> None:
     config = {**CONFIG, **SIZES}
     num_batches = config["num_batches"]
     plans = [make_plan({**config, "schedule": name}, 1) for name in SCHEDULES]
-    alone, real, simulated = [], {name: [] for name in SCHEDULES}, {name: [] for name in SCHEDULES}
+    real, simulated = {name: [] for name in SCHEDULES}, {name: [] for name in SCHEDULES}
+    alone = {2: [], 1: []}  # threads -> milliseconds a batch
     for _ in range(ROUNDS):
         if first:
             forward, backward = measure_stages(config)
-            alone.append(1000 * one_process(config, 2)[1] / num_batches)  # the first warms up
+            for threads, taken in alone.items():
+                torch.set_num_threads(threads)
+                taken.append(1000 * one_process(config, 2)[1] / num_batches)  # the first warms up
+            torch.set_num_threads(1)
         meet()
         for plan in plans:
             reports = gather(run_rank(plan, cpu, num_runs=2))
@@ -52,10 +56,12 @@ def main() -> None:
                 real[plan.name].append(1000 * max(r.seconds[1] for r in reports) / num_batches)
     if first:
         table = [["", "ms a batch", "simulated", "real / simulated", "speed-up", "simulated"]]
-        table.append(["one process", spread(alone, 0), "", "", "", ""])
+        for threads, name in ((1, "1 process, 1 thread"), (2, "1 process, 2 threads")):
+            speed_ups = [a / b for a, b in zip(alone[1], alone[threads], strict=True)]
+            table.append([name, spread(alone[threads], 0), "", "", spread(speed_ups, 2), ""])
         for name in SCHEDULES:
             ratios = [a / b for a, b in zip(real[name], simulated[name], strict=True)]
-            speed_ups = [a / b for a, b in zip(alone, real[name], strict=True)]
+            speed_ups = [a / b for a, b in zip(alone[1], real[name], strict=True)]
             predicted = [a / b for a, b in zip(simulated["naive"], simulated[name], strict=True)]
             table.append(
                 [

@@ -22,6 +22,7 @@ import pipedream_distributed
 from pipedream_lab import make_plan
 
 in_memory = []  # (stage, known versions, versions alive) at every operation
+landed_on = []  # (version, versions that have a gradient) after every backward
 
 
 class WatchedStage(pipedream_distributed.VersionedStage):
@@ -41,6 +42,12 @@ class WatchedStage(pipedream_distributed.VersionedStage):
         alive = [version for version, reference in self.seen.items() if reference() is not None]
         in_memory.append((self.stage_index, sorted(self.versions), alive))
 
+    def finish_backward(self):
+        """A gradient lands where the graph's weights are: that tells which version was read."""
+        landed = [v for v, m in self.versions.items() if next(m.parameters()).grad is not None]
+        landed_on.append((self.done[-1].version, landed))
+        super().finish_backward()
+
 
 def main():
     runs, results = map(Path, sys.argv[1:])
@@ -50,12 +57,13 @@ def main():
     saved = []
     for settings, chunks in json.loads(runs.read_text()):
         in_memory.clear()
+        landed_on.clear()
         plan, start = make_plan(settings, chunks), time.perf_counter()
         report = pipedream_distributed.run_rank(plan, torch.device("cpu"), 2)
         elapsed = time.perf_counter() - start
         reports = pipedream_distributed.gather(report)
         memory = [None] * dist.get_world_size()
-        dist.all_gather_object(memory, in_memory)
+        dist.all_gather_object(memory, (in_memory, landed_on))
         saved.append((reports, memory, elapsed))
     if dist.get_rank() == 0:
         torch.save(saved, results)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from launch import ROOT, SCRIPT, launch
 from reference import delayed_sgd
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.pipelining import schedules as engines
 
 import pipedream_distributed
@@ -136,13 +137,23 @@ def test_real_processes_and_one_device_agree_to_the_bit(processes, name, results
 @pytest.mark.parametrize(("processes", "name"), CASES)
 def test_a_weight_version_leaves_memory_when_its_last_reader_is_done(processes, name, results):
     plan, _, memory, _ = results[processes][name]
-    for rank in memory:
+    in_memory = [of_rank for of_rank, _ in memory]
+    for rank in in_memory:
         assert rank
         for stage, known, alive in rank:
             assert alive == known, f"stage {stage} knows {known}, in memory are {alive}"
     if len(plan.schedule) == plan.config["num_stages"]:
-        most = [max(len(alive) for _, _, alive in rank) for rank in memory]
+        most = [max(len(alive) for _, _, alive in rank) for rank in in_memory]
         assert all(map(int.__le__, most, peak_versions(plan.schedule)))
+
+
+@pytest.mark.parametrize(("processes", "name"), CASES)
+def test_a_gradient_lands_on_the_version_that_the_rows_say(processes, name, results):
+    plan, _, memory, _ = results[processes][name]
+    num_backwards = sum(op.kind in ("B", "W") for row in plan.schedule for op in row)
+    landed = [one for _, of_rank in memory for one in of_rank]
+    assert len(landed) == 2 * num_backwards  # two runs
+    assert all(versions == [version] for version, versions in landed)
 
 
 def test_the_seconds_of_the_runs_are_no_more_than_passed(results):
@@ -160,14 +171,14 @@ def altered(reports, **changes):
 def test_the_proof_fails_where_anything_differs(results):
     plan, reports, *_ = results[2]["pipedream"]
     done, weights, losses = reports[0].done, reports[0].weights[0], reports[1].losses
-    changed = {name: w + 1e-3 for name, w in weights.items()}
+    changed = {name: w + 1e-2 for name, w in weights.items()}
     not_a_number = {name: w * math.nan for name, w in weights.items()}
     for wrong, line in (
         (altered(reports, done=[done[1], done[0], *done[2:]]), "schedule 88 of 90"),
         (altered(reports, done=done[:-1]), "schedule 89 of 90"),
         (altered(reports, done=[*done, done[0]]), "schedule 90 of 91"),
         (altered(reports, done=[done[0]._replace(version=1), *done[1:]]), "versions 79 of 80"),
-        (altered(reports, weights={0: changed}), "weight, each stage 0.001 0"),
+        (altered(reports, weights={0: changed}), "weight, each stage 0.01 0"),
         (altered(reports, weights={0: not_a_number}), "weight, each stage nan 0"),
         (altered(reports, peak_versions={0: 3}), "alive, each stage 3 1 NOT [2, 1]"),
         ([reports[0], reports[1]._replace(losses=[2.0] * len(losses))], "a loss "),
@@ -177,6 +188,24 @@ def test_the_proof_fails_where_anything_differs(results):
         assert line in text
         assert text.startswith("❌ NOT THE SAME") is not proof.holds()
         assert not proof.holds(), line
+
+
+def test_the_proof_fails_where_nothing_was_trained_however_small_the_steps():
+    plan = make_plan({**SMALL, "num_stages": 1, "learning_rate": 1e-6}, 1)
+    run = train(plan.config)
+    at_start = [dict(stage.state_dict()) for stage in pipedream_simple.build_stages(plan.config)]
+    trained = {name: w.detach() for name, w in run.weights[0].items()}
+    losses = split_losses(plan)
+    report = Report(plan.schedule[0], losses, {0: trained}, {0: 1}, [])
+    assert prove([report], plan, torch.device("cpu")).holds()
+    untrained = report._replace(weights={0: at_start[0]})
+    assert not prove([untrained], plan, torch.device("cpu")).holds()
+
+
+def split_losses(plan):
+    """Numbers that add up to the losses of the batches, one a microbatch."""
+    count = plan.config["num_microbatches"]
+    return [loss if k == 0 else 0.0 for loss in train(plan.config).losses for k in range(count)]
 
 
 def test_rounding_is_no_fault_and_is_told(results):
@@ -209,7 +238,7 @@ def test_the_clock_takes_the_slowest_rank_and_leaves_the_first_run_out(
     schedule, cores, simulated, small, hints, monkeypatch
 ):
     """Milliseconds: a forward takes 1, a backward 2; a batch of four microbatches, five batches."""
-    plan = make_plan({**SMALL, "num_stages": 2, "schedule": schedule}, 1)
+    plan = make_plan({**SMALL, "num_stages": 2, "schedule": schedule, "comm_time": 5}, 1)
     of_ranks = ([9.0, 0.3, 0.1, 0.4], [9.0, 0.2, 0.5, 0.1])  # seconds of each run
     reports = [Report([], [], {}, {}, [took / small for took in seconds]) for seconds in of_ranks]
     times = [1.0, 1.0], [2.0, 2.0]
@@ -230,8 +259,11 @@ def test_the_clock_takes_the_slowest_rank_and_leaves_the_first_run_out(
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_one_process_is_timed_for_every_run():
+def test_one_process_trains_in_every_run_that_is_timed(monkeypatch):
+    steps, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(step(self)))
     seconds = one_process({**SMALL, "num_stages": 2}, num_runs=3)
+    assert len(steps) == 3 * SMALL["num_batches"]
     assert len(seconds) == 3
     assert min(seconds) > 0
 
@@ -354,41 +386,114 @@ class Store:
 
 
 @pytest.mark.parametrize(
-    ("rank", "late", "named"),
+    ("rank", "late", "error", "named"),
     [
-        (0, {1: 0, 3: 40}, "rank 2 did not answer"),
-        (0, {1: 0}, "rank 2 and rank 3 did not answer"),
-        (1, {2: 20, 3: 40}, "rank 0 did not answer"),
-        (0, {1: 0, 2: 0, 3: 0}, "rank 0: connection closed by peer"),
-        (1, {0: 0, 3: 0}, None),  # rank 0 says it
+        (0, {1: 0, 3: 40}, "gloo: Timed out", "rank 2 did not answer within --timeout 1.5 s"),
+        (0, {1: 0}, "gloo: Timed out", "rank 2 and rank 3 did not answer"),
+        (1, {2: 20, 3: 40}, "gloo: Timed out", "rank 0 did not answer"),
+        (1, {2: 20, 3: 40}, "Connection closed\nby peer", "rank 0 is gone"),
+        (0, {1: 0, 2: 0, 3: 0}, "Connection closed\nby peer", "rank 0: Connection closed by peer"),
+        (1, {0: 0, 3: 0}, "gloo: Timed out", None),  # rank 0 says it
+        (0, {1: 0, "failed": 9}, "Connection closed", None),  # rank 2 says itself why
     ],
 )
-def test_it_names_the_ranks_that_do_not_say_that_they_wait(rank, late, named, monkeypatch, capsys):
+def test_it_names_the_ranks_that_do_not_say_that_they_wait(
+    rank, late, error, named, monkeypatch, capsys
+):
     """A rank of four waits in vain; others say the same, after so many looks, or never."""
     watch = object.__new__(Watch)
     watch.rank, watch.world_size, watch.timeout = rank, 4, 1.5
-    watch.store = Store({f"gave up {other}": looks for other, looks in late.items()})
+    keys = {who if who == "failed" else f"gave up {who}": looks for who, looks in late.items()}
+    watch.store = Store(keys)
     killed = []
     monkeypatch.setattr(pipedream_distributed, "processes_of", lambda rank: [1000 + rank])
     monkeypatch.setattr(os, "kill", lambda pid, _: killed.append(pid))
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as stop, watch.blaming():
-        raise RuntimeError("connection closed\nby peer")
+        raise RuntimeError(error)
     assert stop.value.code == 1
-    error = capsys.readouterr().err
+    told = capsys.readouterr().err
     if named:
-        assert error.startswith(f"pipedream_distributed.py: {named}")
-        assert error.count("\n") == 1
-        silent = re.findall(r"rank (\d) (?=and|did)", error)
+        assert told.startswith(f"pipedream_distributed.py: {named}")
+        assert told.count("\n") == 1
+        silent = re.findall(r"rank (\d) (?=and|did|is)", told)
         assert killed == [1000 + int(other) for other in silent]
     else:
-        assert (error, killed) == ("", [])
+        assert (told, killed) == ("", [])
 
 
 def test_an_error_of_its_own_is_no_reason_to_blame_another_rank():
     watch = object.__new__(Watch)
-    with pytest.raises(RuntimeError, match="shapes"), watch.blaming():
-        raise RuntimeError("shapes cannot be multiplied")
+    watch.store = Store({})
+    for error in (RuntimeError("shapes cannot be multiplied"), KeyError("connection")):
+        with pytest.raises(type(error)), watch.blaming():
+            raise error
+        assert watch.store.said == {"failed"}
+
+
+def test_a_rank_is_missed_while_the_others_wait_for_rank_0(monkeypatch):
+    def all_reduce(tensor):
+        raise RuntimeError("Connection closed by peer")
+
+    watch, gave_up = object.__new__(Watch), []
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(Watch, "give_up", lambda self, error: gave_up.append(error) or sys.exit(1))
+    with pytest.raises(SystemExit):
+        watch.keep_meeting(None)
+    assert gave_up == ["Connection closed by peer"]
+
+
+def test_rank_0_lets_the_others_go_when_it_fails_while_they_wait(monkeypatch):
+    sums = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: sums.append(tensor.item()))
+    watch = object.__new__(Watch)
+    watch.timeout = 1000
+    with pytest.raises(KeyError), watch.others_waiting():
+        raise KeyError
+    assert sums == [1]
+
+
+def test_a_rank_ends_when_torchrun_has_gone(monkeypatch):
+    parents = iter([7, 7, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as stop:
+        pipedream_distributed.end_with(7)
+    assert stop.value.code == 1
+    assert list(parents) == []
+
+
+def test_how_torchrun_ends_is_told_in_a_line(monkeypatch, capsys):
+    errors = pipedream_distributed.ChildFailedError, pipedream_distributed.SignalException
+    failure = ProcessFailure(local_rank=2, pid=9, exitcode=-9, error_file="")
+    for error, message, status in (
+        (errors[0]("a", {2: failure}), "rank 2 was ended by SIGKILL", 1),
+        (errors[1]("", signal.SIGTERM), "stopped", 130),
+        (errors[1]("", signal.SIGINT), "stopped", 130),
+    ):
+
+        def torchrun(arguments, error=error):
+            raise error
+
+        monkeypatch.setattr(pipedream_distributed, "torchrun", torchrun)
+        monkeypatch.setattr(sys, "argv", [SCRIPT])
+        try:
+            ended = run_main(lambda: pipedream_distributed.launch(4))
+        except SystemExit as stop:
+            ended = stop.code
+        assert ended == status
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
+
+
+def test_it_goes_on_when_nobody_reads_it_any_more():
+    command = f"{sys.executable} {SCRIPT} --num_stages 1 --repeats 1"
+    ended = f"({command}; echo $? >&2) | head -3"
+    done = subprocess.run(["bash", "-c", ended], capture_output=True, text=True, timeout=120)
+    assert done.stderr == "0\n"
+    assert done.stdout.count("\n") == 3
 
 
 # ---------------------------------------------------------------------------------- bad input
@@ -399,7 +504,14 @@ def told(monkeypatch, capsys):
     """Run main with these flags in this environment; what it wrote to stderr, and its status."""
 
     def tell(*flags, **environment):
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        for name in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "TORCHELASTIC_RUN_ID",
+        ):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -420,6 +532,7 @@ def told(monkeypatch, capsys):
 
 def rank(number, world_size):
     return {
+        "TORCHELASTIC_RUN_ID": "job",
         "RANK": str(number), "LOCAL_RANK": str(number),
         "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
     }  # fmt: skip
@@ -469,6 +582,12 @@ def test_another_number_of_processes_than_rows_is_one_line_from_rank_0(world_siz
 
 def test_an_environment_that_torchrun_would_not_make_is_one_line(told):
     assert told(RANK="0")[0].count("\n") == 1
+    for number in ("-1", "4"):
+        error, status = told(**rank(0, 4) | {"RANK": number, "TORCHELASTIC_RUN_ID": ""})
+        assert f"RANK={number} is not one of WORLD_SIZE=4 ranks" in error or number == "4"
+        assert status == 2
+    error, status = told("--nonsense", RANK="1", WORLD_SIZE="4")  # left over in the environment
+    assert (status, error.count("\n")) == (2, 1)
     error, status = told(RANK="first", WORLD_SIZE="4")
     assert status == 2
     assert "RANK is not a number" in error
@@ -476,6 +595,17 @@ def test_an_environment_that_torchrun_would_not_make_is_one_line(told):
     assert status == 2
     assert "MASTER_ADDR" in error
     assert error.count("\n") == 1
+
+
+def test_a_file_in_which_the_last_stage_goes_forward_out_of_order_is_refused(told, tmp_path):
+    path = tmp_path / "swapped.csv"
+    path.write_text("0F0,0F1,0B1,0B0\n1F1,1F0,1B1,1B0\n")
+    error, status = told("--schedule", str(path))
+    assert status == 2
+    assert "1F1 stands before 1F0, but PyTorch's engine" in error
+    path.write_text("0F0,0F1,0B1,0B0\n1F0,1F1,1B1,1B0\n")
+    config = {**SMALL, "schedule": str(path), "num_stages": 2, "num_microbatches": 2}
+    assert pipedream_distributed.checked_plan(config, 1, 60, 3)
 
 
 def test_without_gloo_it_says_so(told, monkeypatch):

@@ -265,7 +265,8 @@ def real_time() -> str:
 
     `torchrun --nproc-per-node 2 tests/fidelity.py`: two processes on two cores. Median (lowest to
     highest) of its rounds. Simulated: from the forward and backward of each stage, measured in the
-    same round by one process alone, without sending and updates. Speed-up: over one process.
+    same round by one process alone, without sending and updates. Speed-up: over one
+    process with one thread; simulated, over the naive schedule.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node=2", str(ROOT / "tests" / "fidelity.py")]
