@@ -353,7 +353,7 @@ def test_every_figure_in_the_readme_is_the_computed_one():
     readme.says(f"CONFIG has `backward_time` {CONFIG['backward_time']},")
     readme.says("in float64 to 1e-12;")  # the tolerance in test_training.py
     assert '"atol": 1e-12' in (ROOT / "tests" / "test_training.py").read_text()
-    readme.says("a private part of PyTorch 2.13")
+    readme.says("It needs PyTorch 2.13,")
     check = inspect.getsource(pipedream_distributed.check_engine)
     assert 'torch.__version__ < "2.13"' in check
     readme.says("optimizer state (stage 1), gradients (2), weights (3)")  # ZeRO's own names
@@ -442,6 +442,7 @@ def test_every_figure_in_the_quick_start_is_the_computed_one():
     for size in (16, 8):
         check_config({**CONFIG, "batch_size": size})
     page.says("such as 16 or 8 (a multiple of")
+    page.says("PyTorch's own engine (2.13)")  # as in the README
     page.says("1. **Beginner.**")
     page.says("2. **Intermediate.**")
     page.says("3. **Advanced.**")
