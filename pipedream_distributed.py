@@ -35,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -99,9 +100,8 @@ class VersionedStage(PipelineStage):
         self.learning_rate = config["learning_rate"]
         self.pins_at_start, self.done = pins, done
         size = config["batch_size"] // self.num_microbatches
-        last = stage == config["num_stages"] - 1
-        width_in = config["hidden_size"] if stage > 0 else 64
-        width_out = config["hidden_size"] if not last else 10
+        matrices = [w for w in self.module.parameters() if w.dim() == 2]  # (out, in)
+        width_in, width_out = matrices[0].shape[1], matrices[-1].shape[0]
         # The engine is told what comes in and goes out, or else it finds out by one more forward.
         super().__init__(
             self.module,
@@ -311,12 +311,13 @@ def as_run(reports: list[Report], plan: Plan) -> Run:
     losses = [loss for report in reports for loss in report.losses]
     weights = {stage: w for report in reports for stage, w in report.weights.items()}
     peaks = {stage: peak for report in reports for stage, peak in report.peak_versions.items()}
-    ops = [op for report in reports for op in report.done if op.kind != "U"]
+    done = [op for report in reports for op in report.done]
+    updates = Counter(op.stage for op in done if op.kind == "U")
     return Run(
         losses=[sum(losses[b * count : (b + 1) * count]) for b in range(num_batches)],
-        newest=[num_batches] * len(weights),
+        newest=[updates[stage] for stage in sorted(weights)],
         peak_versions=[peak for _, peak in sorted(peaks.items())],
-        versions_read={op[:3]: op.version for op in ops},
+        versions_read={op[:3]: op.version for op in done if op.kind != "U"},
         weights=[w for _, w in sorted(weights.items())],
     )
 
@@ -429,21 +430,22 @@ def one_process(config: dict, num_runs: int) -> list[float]:
     return seconds
 
 
-def simulated_time(plan: Plan, device: torch.device) -> tuple[float, float]:
-    """Milliseconds of a batch from measured stages: pipelined, and one operation at a time."""
-    config = {**plan.config, "device": str(device)}
-    forward, backward = measure_stages(config)
-    measured = {**config, "forward_time": forward, "backward_time": backward, "comm_time": 0}
-    batch = makespan(simulate(plan.schedule, measured)) / config["num_batches"]
-    return batch, config["num_microbatches"] * sum(forward + backward)
+def simulated_time(plan: Plan, forward: list[float], backward: list[float]) -> float:
+    """The time of a batch, when a forward and a backward take so long on each stage."""
+    measured = {"forward_time": forward, "backward_time": backward, "comm_time": 0}
+    events = simulate(plan.schedule, {**plan.config, **measured})
+    return makespan(events) / plan.config["num_batches"]
 
 
 def format_clock(reports: list[Report], plan: Plan, device: torch.device) -> str:
     """The time of a batch: of the run, of plain training, and simulated. Each with its speed-up."""
     num_batches, processes = plan.config["num_batches"], len(reports)
     runs = [max(took) for took in zip(*(report.seconds for report in reports), strict=True)][1:]
-    plain = one_process({**plan.config, "device": str(device)}, len(runs) + 1)[1:]
-    simulated, one_by_one = simulated_time(plan, device)
+    config = {**plan.config, "device": str(device)}
+    plain = one_process(config, len(runs) + 1)[1:]
+    times = measure_stages(config)
+    simulated = simulated_time(plan, *times)
+    one_by_one = config["num_microbatches"] * sum(map(sum, times))
     one, real = (1000 * statistics.median(took) / num_batches for took in (plain, runs))
     lowest, highest = (1000 * took / num_batches for took in (min(runs), max(runs)))
     spread = f" ({lowest:.4g} to {highest:.4g})" if len(runs) > 1 else ""
@@ -467,7 +469,7 @@ def format_clock(reports: list[Report], plan: Plan, device: torch.device) -> str
             f"   {processes} processes share {cores} core{'s' * (cores > 1)} and take turns:"
         )
         lines.append(f"   the simulated speed-up cannot show, only up to {cores}x.")
-    if real > 2 * max(simulated, one_by_one / cores) and plan.config["hidden_size"] < 1024:
+    if real > 2 * max(simulated, one_by_one / cores) and config["hidden_size"] < 1024:
         lines.append("   Operations are so small here that these three take most of the time.")
         lines.append("   They weigh less in larger ones: --hidden_size 1024 --batch_size 1024")
     return "\n".join(lines)
@@ -543,7 +545,7 @@ class Watch:
         ranks = " and ".join(f"rank {rank}" for rank in silent)
         why = f"{ranks} did not answer within --timeout {self.timeout:g} s: stopped, stuck or slow"
         if not re.search("timed? ?out", error, re.IGNORECASE):
-            why = f"{ranks} is gone"
+            why = f"lost {ranks}"
         why = why if silent else " ".join(f"rank {self.rank}: {error}".split())
         print(f"{Path(__file__).name}: {why}; the job ends", file=sys.stderr)
         for pid in itertools.chain(*map(processes_of, silent)):
@@ -667,11 +669,8 @@ def launch(num_processes: int) -> None:
             f"{num_processes} processes are more than the {MAX_PROCESSES} that this starts by "
             f"itself: try torchrun --nproc-per-node {num_processes}"
         )
-    defaults = {
-        "OMP_NUM_THREADS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # when the job fails, one line says why
-    }
-    os.environ |= {name: os.environ.get(name, value) for name, value in defaults.items()}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # if the job fails, one line says why
     print(f"Starting {count(num_processes)}, which takes some seconds ...", flush=True)
     try:
         with tempfile.TemporaryDirectory() as logs:  # torchrun would leave one behind

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipedream_distributed import gather, meet, one_process, run_rank
+from pipedream_distributed import gather, meet, one_process, run_rank, simulated_time
 from pipedream_lab import make_plan, measure_stages
-from pipedream_simple import CONFIG, SCHEDULES, format_table, makespan, simulate
+from pipedream_simple import CONFIG, SCHEDULES, format_table
 
 ROUNDS = 15
 SIZES = {"num_stages": 2, "hidden_size": 1024, "batch_size": 1024, "device": "cpu"}
@@ -40,7 +40,7 @@ def main() -> None:
     alone = {2: [], 1: []}  # threads -> milliseconds a batch
     for _ in range(ROUNDS):
         if first:
-            forward, backward = measure_stages(config)
+            times = measure_stages(config)
             for threads, taken in alone.items():
                 torch.set_num_threads(threads)
                 taken.append(1000 * one_process(config, 2)[1] / num_batches)  # the first warms up
@@ -49,10 +49,7 @@ def main() -> None:
         for plan in plans:
             reports = gather(run_rank(plan, cpu, num_runs=2))
             if first:
-                measured = {**plan.config, "forward_time": forward, "backward_time": backward}
-                simulated[plan.name].append(
-                    makespan(simulate(plan.schedule, measured)) / num_batches
-                )
+                simulated[plan.name].append(simulated_time(plan, *times))
                 real[plan.name].append(1000 * max(r.seconds[1] for r in reports) / num_batches)
     if first:
         table = [["", "ms a batch", "simulated", "real / simulated", "speed-up", "simulated"]]
