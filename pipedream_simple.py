@@ -1,42 +1,45 @@
 #!/usr/bin/env python3
-"""How does pipeline parallelism really work? PipeDream, from the first idle GPU to weight stashing.
+"""How does pipeline parallelism really work? From the first idle GPU to weight stashing.
 
     python pipedream_simple.py                           train a 4-stage pipeline and watch it
     python pipedream_simple.py --num_microbatches 8      every CONFIG key is also a flag
     python pipedream_simple.py --schedule gpipe          naive, gpipe, 1f1b or pipedream
     python pipedream_simple.py --weight_stashing False   what goes wrong without it, measured
-    python pipedream_simple.py --help                    every key and what turning it changes
 
-A network that is too large for one GPU is cut into stages, one stage a GPU. This file lists what
-each GPU does and in which order (a schedule), finds out when it could do it (a simulator), and does
-it on one device (a trainer). Time is simulated; the arithmetic is real: real digits, real forward
+A network that is too large for one GPU is cut into stages, one per GPU. This file lists what each
+GPU does and in which order (a schedule), finds out when it could do so (a simulator), and then does
+it, on one device (a trainer). Time is simulated; the arithmetic is real: real digits, real forward
 and backward passes, real weight updates.
 
-Read it from top to bottom: CONFIG, vocabulary, schedules, simulator, measures, model and data,
-trainer; then, if you like, the rooms that only serve: report, bad input, main.
+Read it from here to the banner "the story ends here". What follows the banner serves the story:
+data, measures, report, checks, main.
 
-Letters: S stages, M microbatches in a batch, N batches in the run, K = M * N microbatches in the
-run; s, m, b, v is one stage, microbatch, batch, weight version.
+Letters: S stages, M microbatches per batch, N batches in the run, K = M * N microbatches in the
+run; s, m, b and v are one stage, microbatch, batch and weight version.
 """
 
 import argparse
+import ast
 import codecs
+import contextlib
 import difflib
 import gc
 import io
 import itertools
 import math
+import numbers
 import os
 import re
 import shutil
-import statistics
+import signal
 import sys
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
 
 import numpy as np
 import torch
@@ -55,24 +58,30 @@ CONFIG = {
     "num_batches": 5,  # batches to train on, one weight update each. Try 200
     "learning_rate": 0.15,  # size of an update: the more staleness, the smaller it has to be
     "seed": 0,  # same seed, same weights and same batches, to the bit
-    "device": "auto",  # auto (a GPU if there is one), cpu, cuda or cuda:1
+    "device": "auto",  # auto (a GPU if there is one), cpu, cuda, cuda:1 or mps
     "schedule": "pipedream",  # naive, gpipe, 1f1b or pipedream
-    "weight_stashing": True,  # False: backwards meet newer weights than their forward (pipedream)
+    "weight_stashing": True,  # False: a backward may meet newer weights than its forward did
     "vertical_sync": False,  # True: every stage uses the version that stage 0 used (pipedream)
-    "forward_time": 1,  # simulated time of a microbatch's forward; 1,1,2,1 is one a stage
-    "backward_time": 1,  # time of its backward: 2 is nearer the truth (two matrix products)
-    "comm_time": 0,  # time to send a result to the neighbouring GPU
-    "verbose": True,  # False: no timeline, and one line a batch
+    "forward_time": 1,  # simulated time of a microbatch's forward; or one per stage: 1,1,2,1
+    "backward_time": 1,  # time of its backward: 2 is closer to the truth (two matrix products)
+    "comm_time": 0,  # time to send a result to the neighboring GPU
+    "verbose": True,  # False: no timeline, and one line per batch
 }
 
 
-# --------------------------------------------------------------------------------- vocabulary
+# ---------------------------------------------------------------------------------- schedules
+#
+# Each function lists what one stage does, from its first forward to its last backward, and each
+# fixes a flaw of the previous one. All four are one pattern: some forwards ahead (the warmup), then
+# one forward and one backward in turn, then the backwards still owed. They differ in the warmup: 0,
+# M, min(S-1-s, M), and min(S-1-s, K) over a single batch of all K microbatches. The utilization
+# formulas assume that all stages take equal time and that links are free.
 
 
 class Op(NamedTuple):
     """One thing that a GPU does.
 
-    >>> str(Op(stage=2, kind="F", microbatch=0, version=0))  # as PyTorch prints it
+    >>> str(Op(stage=2, kind="F", microbatch=0, version=0))  # PyTorch's notation
     '2F0'
     """
 
@@ -81,50 +90,18 @@ class Op(NamedTuple):
     microbatch: int  # numbered through the run: batch b has microbatches b*M to (b+1)*M - 1
     version: int  # of the weights it reads: version v has received v updates
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.stage}{self.kind}{self.microbatch}"
 
 
 Schedule = list[list[Op]]  # schedule[device]: what that device does, in order; no times, no idles
+Step = tuple[int, str, int]  # (stage, kind, microbatch): an Op whose version is still open
 
 
-class Event(NamedTuple):
-    """An op, the device that runs it, and when: simulated time, in units of the CONFIG's times."""
+def naive(stage: int, num_stages: int, num_microbatches: int, num_batches: int) -> Iterator[Step]:
+    """One microbatch at a time: the next starts when the previous one has returned.
 
-    op: Op
-    device: int
-    start: float
-    end: float
-
-
-@contextmanager
-def cycle_collector_paused():
-    """Keep Python from searching a million small tuples for cycles that cannot be there.
-
-    On a long schedule that search takes as long as all the rest.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-# ---------------------------------------------------------------------------------- schedules
-#
-# Each function is what the GPU of one stage does, from its first forward to its last backward, and
-# each mends the fault of the one before. Updates and weight versions follow: see pin_versions. The
-# formulas for utilization hold where all stages take the same time and comm_time is 0.
-
-Row = Iterator[tuple[int, str, int]]  # (stage, kind, microbatch): an Op, its version still open
-
-
-def naive(stage: int, num_stages: int, num_microbatches: int, num_batches: int) -> Row:
-    """One microbatch at a time: the next sets out when the last has come back.
-
-    Nothing can go wrong, but one GPU works while S - 1 wait: utilization 1 / S.
+    One GPU works while S - 1 wait: utilization 1 / S.
 
     >>> print(format_rows(naive(stage, 2, 3, 1) for stage in range(2)))  # S=2, M=3, N=1
     GPU0: F0 B0 F1 B1 F2 B2
@@ -135,39 +112,40 @@ def naive(stage: int, num_stages: int, num_microbatches: int, num_batches: int) 
         yield stage, "B", m
 
 
-def gpipe(stage: int, num_stages: int, num_microbatches: int, num_batches: int) -> Row:
-    """All forwards of the batch, then all backwards: GPU0 has the next while GPU1 has the last.
+def gpipe(stage: int, num_stages: int, num_microbatches: int, num_batches: int) -> Iterator[Step]:
+    """All forwards of the batch, then all backwards: GPU0 starts the next while GPU1 has the first.
 
     A batch takes M + S - 1 turns each way instead of M * S: utilization M / (M + S - 1). The price
-    is memory: a GPU keeps the activations of all M microbatches until their backwards come.
-    GPipe (Huang et al., NeurIPS 2019), sections 2.2 and 2.3. (Backwards come first in, first out,
-    as in PyTorch; in the paper's figure 2 last in, first out. Time and gradient are the same.)
+    is memory: a GPU keeps the activations of all M microbatches until their backwards arrive.
+    GPipe (Huang et al., NeurIPS 2019), sections 2.2 and 2.3. (Backwards run first in, first out, as
+    in PyTorch; the paper's figure 2 has last in, first out. Time and gradients are the same.)
 
     >>> print(format_rows(gpipe(stage, 2, 3, 1) for stage in range(2)))  # S=2, M=3, N=1
     GPU0: F0 F1 F2 B0 B1 B2
     GPU1: F0 F1 F2 B0 B1 B2
     """
     for first in range(0, num_microbatches * num_batches, num_microbatches):
-        batch = range(first, first + num_microbatches)
-        for m in batch:
-            yield stage, "F", m
-        for m in batch:
-            yield stage, "B", m
+        for m in range(num_microbatches):
+            yield stage, "F", first + m
+        for m in range(num_microbatches):
+            yield stage, "B", first + m
 
 
-def one_f_one_b(stage: int, num_stages: int, num_microbatches: int, num_batches: int) -> Row:
-    """1F1B: let a microbatch come back as soon as it can, then one forward for every backward.
+def one_f_one_b(
+    stage: int, num_stages: int, num_microbatches: int, num_batches: int
+) -> Iterator[Step]:
+    """1F1B: let each microbatch return as early as possible, then one forward per backward.
 
-    Same bubble as GPipe, less memory: stage s keeps at most S - s microbatches, however large M is.
-    (With slow links that is too few to hide the way there and back, and GPipe is the faster one.)
-    The order is PipeDream's (SOSP 2019, section 3.2). Used inside a batch, with a flush at its end,
-    it is PipeDream-Flush (Narayanan et al., ICML 2021, section 3.2), Megatron-LM's default.
+    Same bubble as GPipe, less memory: stage s holds at most S - s microbatches, however large M is.
+    (With slow links that is too few to cover the round trip, and GPipe is faster.) The order is
+    PipeDream's (SOSP 2019, section 3.2). With a flush after each batch it is PipeDream-Flush
+    (Narayanan et al., ICML 2021, section 3.2), the default of Megatron-LM.
 
     >>> print(format_rows(one_f_one_b(stage, 2, 3, 1) for stage in range(2)))  # S=2, M=3, N=1
     GPU0: F0 F1 B0 F2 B1 B2
     GPU1: F0 B0 F1 B1 F2 B2
     """
-    warmup = min(num_stages - 1 - stage, num_microbatches)  # the last stage turns at once: 0
+    warmup = min(num_stages - 1 - stage, num_microbatches)  # 0 on the last stage
     steady = num_microbatches - warmup
     for first in range(0, num_microbatches * num_batches, num_microbatches):
         for m in range(warmup):
@@ -179,12 +157,14 @@ def one_f_one_b(stage: int, num_stages: int, num_microbatches: int, num_batches:
             yield stage, "B", first + m
 
 
-def pipedream(stage: int, num_stages: int, num_microbatches: int, num_batches: int) -> Row:
-    """1F1B that never flushes: the whole run is one stream of K microbatches.
+def pipedream(
+    stage: int, num_stages: int, num_microbatches: int, num_batches: int
+) -> Iterator[Step]:
+    """1F1B without a flush: the whole run is one stream of K microbatches.
 
-    The pipeline fills once and drains once: utilization K / (K + S - 1). The price is in the
-    weights: a stage now updates while microbatches are in flight on it. Which weights do they read?
-    PipeDream (Narayanan et al., SOSP 2019), sections 3.2 and 3.3; the answer is pin_versions.
+    The pipeline fills once and drains once: utilization K / (K + S - 1), closer to 1 the longer the
+    run. The price is paid in weights: a stage updates while microbatches are in flight on it. Which
+    weights do those read? pin_versions answers. PipeDream (SOSP 2019), sections 3.2 and 3.3.
 
     >>> print(format_rows(pipedream(stage, 2, 2, 2) for stage in range(2)))  # S=2, M=2, N=2
     GPU0: F0 F1 B0 F2 B1 F3 B2 B3
@@ -193,7 +173,7 @@ def pipedream(stage: int, num_stages: int, num_microbatches: int, num_batches: i
     return one_f_one_b(stage, num_stages, num_microbatches * num_batches, num_batches=1)
 
 
-SCHEDULES: dict[str, Callable[[int, int, int, int], Row]] = {
+SCHEDULES: dict[str, Callable[[int, int, int, int], Iterable[Step]]] = {
     "naive": naive,
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
@@ -202,161 +182,149 @@ SCHEDULES: dict[str, Callable[[int, int, int, int], Row]] = {
 
 
 def pin_versions(
-    rows: Iterable[Iterable[tuple[int, str, int]]],
+    rows: Iterable[Iterable[Step]],
     num_microbatches: int,
     weight_stashing: bool = True,
     vertical_sync: bool = False,
 ) -> Schedule:
     """Add the updates, and say which weight version every op reads.
 
-    A stage updates (U: version v becomes v + 1) right after its last backward of a batch. Without a
-    flush there are then microbatches in flight whose forward read version v. Three ways on:
+    A device updates (U: version v becomes v + 1) right after its last backward of a batch. Without
+    a flush, microbatches are then in flight whose forward read version v. What does their backward
+    read?
 
-    - No stashing: everybody reads the newest. The backward of those microbatches then meets other
-      weights than their forward did, and computes no gradient of the loss: neither at the old
-      weights nor at the new.
-    - Weight stashing (PipeDream, SOSP 2019, section 3.3): the first forward of a batch pins the
-      newest version that this stage has; every forward and backward of the batch here reads it.
-      (The paper does not split its minibatches: M = 1. With M > 1 gradients add up before U.)
-    - Vertical sync (same section): the version that stage 0 pinned holds for all stages, so that a
-      batch meets one network. The others have it: they update earlier, and now keep it for longer.
-      With M >= S - 1 > 0 that is PipeDream-2BW (ICML 2021, section 3.1).
+    - No stashing: the newest version. Old activations meet new weights, and the result is not the
+      gradient at the old weights, nor at the new ones.
+    - Weight stashing (PipeDream, SOSP 2019, section 3.3): the version that the forward read. The
+      first forward of a batch pins the newest version of its stage, for the whole batch.
+    - Vertical sync (same section): the version that stage 0 pinned, on every stage, so that a batch
+      meets one network. Later stages have that version too, but must keep it for longer.
 
-    After a flush nothing is in flight, and all three are the same.
+    M = 1 with stashing is the paper's PipeDream. Vertical sync with M >= S is PipeDream-2BW (ICML
+    2021, section 3.1). What lies between, such as stashing with M = 4, is ours. After a flush
+    nothing is in flight, and all three are the same.
 
     >>> row = pipedream(0, num_stages=2, num_microbatches=1, num_batches=3)
     >>> stashed = pin_versions([row], num_microbatches=1)
     >>> print(*(f"{op.kind}{op.microbatch}(v{op.version})" for op in stashed[0]))
     F0(v0) F1(v0) B0(v0) U0(v0) F2(v1) B1(v0) U1(v1) B2(v1) U2(v2)
     """
-    newest = defaultdict(int)  # stage -> version
-    backwards = defaultdict(int)  # stage -> how many so far
-    pinned = {}  # (stage, batch) -> version
+    pinned: dict[tuple[int, int], int] = {}  # (stage, batch) -> version
     schedule = []
-    for row in rows:
-        ops = []
+    for row in map(list, rows):
+        stages = sorted({stage for stage, _, _ in row})  # one, but for the interleaved schedule
+        newest, num_backwards, ops = 0, 0, []
         for stage, kind, microbatch in row:
-            version = newest[stage]
+            version = newest
             if weight_stashing:
-                who = 0 if vertical_sync else stage  # stage 0 has pinned: its row is the first
-                version = pinned.setdefault((who, microbatch // num_microbatches), version)
+                pinned_by = 0 if vertical_sync else stage  # row 0 comes first: it has pinned
+                version = pinned.setdefault((pinned_by, microbatch // num_microbatches), newest)
             ops.append(Op(stage, kind, microbatch, version))
-            if kind in ("B", "W"):
-                backwards[stage] += 1
-                if backwards[stage] % num_microbatches == 0:
-                    ops.append(Op(stage, "U", microbatch, newest[stage]))
-                    newest[stage] += 1
+            num_backwards += kind in ("B", "W")
+            if kind in ("B", "W") and num_backwards % (num_microbatches * len(stages)) == 0:
+                ops += [Op(s, "U", microbatch, newest) for s in stages]
+                newest += 1
         schedule.append(ops)
     return schedule
 
 
-@cycle_collector_paused()
 def build_schedule(config: dict) -> Schedule:
-    """The rows of config["schedule"], with updates and weight versions."""
+    """The rows of config["schedule"], with updates and weight versions. ValueError: bad config."""
+    check_config(config)
     sizes = config["num_stages"], config["num_microbatches"], config["num_batches"]
-    rows = (SCHEDULES[config["schedule"]](stage, *sizes) for stage in range(config["num_stages"]))
+    rows = [[*SCHEDULES[config["schedule"]](stage, *sizes)] for stage in range(sizes[0])]
+    once = {(kind, m) for kind in "FB" for m in range(sizes[1] * sizes[2])}
+    for stage, row in enumerate(rows):
+        if len(row) != len(once) or {step[1:] for step in row} != once:
+            raise UserError(f"stage {stage} must run the F and the B of each microbatch once")
     return pin_versions(rows, sizes[1], config["weight_stashing"], config["vertical_sync"])
-
-
-def format_rows(rows: Iterable[Iterable[tuple]]) -> str:
-    """What each GPU does, in order and without times, a line a GPU."""
-    lines = (" ".join(f"{kind}{m}" for _, kind, m, *_ in row) for row in rows)
-    return "\n".join(f"GPU{device}: {line}" for device, line in enumerate(lines))
 
 
 # ---------------------------------------------------------------------------------- simulator
 
 
-def input_of(op: Op, num_stages: int) -> tuple[int, str, int] | None:
-    """The (stage, kind, microbatch) of the op whose result this one needs.
+class Event(NamedTuple):
+    """An op, the device that runs it, and when: simulated time, in units of the CONFIG's times."""
 
-    A microbatch travels down the stages and back, F0 F1 ... F(S-1) B(S-1) ... B1 B0: every op needs
-    the one before it. (That its own activations are there when B comes follows from this.)
+    op: Op
+    device: int
+    start: float
+    end: float
+
+
+def input_of(op: Op, num_stages: int) -> Step | None:
+    """The step whose result this op needs, if any.
+
+    A microbatch travels down the stages and back, F0 F1 ... F(S-1) B(S-1) ... B1 B0, and every step
+    needs the previous one. (That its own activations are there when B comes follows from this.)
     """
     stage, kind, microbatch, _ = op
     if kind == "F":
         return (stage - 1, "F", microbatch) if stage > 0 else None
     if kind in ("B", "I"):
         return (stage + 1, "B", microbatch) if stage < num_stages - 1 else (stage, "F", microbatch)
-    return None  # an update follows its batch's backwards, W its I: the row says so
+    return None  # U follows its batch's backwards, and W its I, in the same row
 
 
-def result_of(op: Op) -> tuple[int, str, int]:
-    """The name under which others wait for what op makes: for an I they wait as for a B."""
+def result_of(op: Op) -> Step:
+    """The step that others wait for. What they need of a whole backward B is its first half, I."""
     return op.stage, "B" if op.kind == "I" else op.kind, op.microbatch
 
 
-@cycle_collector_paused()
 def simulate(schedule: Schedule, config: dict) -> list[Event]:
     """When would the GPUs run these rows? The only place where time comes from.
 
-    An op starts when its device is free and its input has arrived. Nothing here knows a schedule or
-    a bubble: an idle GPU is one whose next op still waits. Updates take no time. Returns the events
-    sorted by start (an op never before the one it needs); ValueError if rows wait in a circle.
+    An op starts when its device is free and its input has arrived. No schedule and no bubble is
+    known here: a GPU is idle while its next op waits. Updates take no time. Returns the events
+    sorted by start, each after the one it needs; ValueError if devices wait for each other.
 
     >>> config = {**CONFIG, "num_stages": 2, "num_microbatches": 1, "num_batches": 1}
-    >>> for event in simulate(build_schedule(config), config):
-    ...     print(event.op, event.start, event.end)
-    0F0 0 1
-    1F0 1 2
-    1B0 2 3
-    1U0 3 3
-    0B0 3 4
-    0U0 4 4
+    >>> print(*(f"{e.op}@{e.start}-{e.end}" for e in simulate(build_schedule(config), config)))
+    0F0@0-1 1F0@1-2 1B0@2-3 1U0@3-3 0B0@3-4 0U0@4-4
     """
-    num_stages = config["num_stages"]
-    duration = {
-        "F": per_stage(config["forward_time"], num_stages),
-        "B": per_stage(config["backward_time"], num_stages),
+    num_stages, devices = config["num_stages"], range(len(schedule))
+    duration: dict[str, list[float]] = {
+        "F": per_stage(config, "forward_time"),
+        "B": per_stage(config, "backward_time"),
         "U": [0] * num_stages,
     }
     duration["I"] = duration["W"] = [time / 2 for time in duration["B"]]
-    comm_time = per_stage(config["comm_time"], num_stages)
-    # Let each GPU run until its next op lacks an input; whoever makes that input wakes it again.
-    events = []
-    runnable = deque(range(len(schedule)))  # devices
-    done = {}  # (stage, kind, microbatch) -> (device, end), until the op that needs it has come
-    waiting = {}  # (stage, kind, microbatch) -> the device that waits for it
-
-    def run(device: int) -> Iterator[tuple[int, str, int]]:
-        """One GPU: do the row op by op; where an input is not there yet, yield what is missing."""
-        now = 0
-        for op in schedule[device]:
-            needed = input_of(op, num_stages)
-            if needed is not None:
-                if needed not in done:
-                    yield needed
-                sender, arrival = done.pop(needed)
-                if sender != device:
-                    arrival += comm_time[needed[0]]
-                if arrival > now:
-                    now = arrival  # the bubble
-            start, now = now, now + duration[op.kind][op.stage]
-            events.append(Event(op, device, start, now))
-            result = result_of(op)
-            done[result] = device, now
-            if result in waiting:
-                runnable.append(waiting.pop(result))
-
-    gpus = [run(device) for device in range(len(schedule))]
-    while runnable:
-        device = runnable.popleft()
-        needed = next(gpus[device], None)
-        if needed is not None:
-            waiting[needed] = device
-    if waiting:
-        stuck = [f"GPU{device} waits for {s}{kind}{m}" for (s, kind, m), device in waiting.items()]
-        raise ValueError("deadlock: " + ", ".join(sorted(stuck)))
+    comm_time = per_stage(config, "comm_time")
+    todo = [row[::-1] for row in schedule]  # the next op is the last
+    free_at: list[float] = [0 for _ in devices]
+    done: dict[Step, tuple[int, float]] = {}  # -> (device, end)
+    events: list[Event] = []
+    while any(todo):
+        num_before = len(events)
+        for device in (*devices, *reversed(devices)):  # forwards go down, backwards come up
+            row, now = todo[device], free_at[device]
+            while row:
+                op, start = row[-1], now
+                needed = input_of(op, num_stages)
+                if needed:
+                    if needed not in done:
+                        break  # look at the other devices first
+                    sender, arrival = done[needed]
+                    if sender != device:
+                        arrival += comm_time[needed[0]]
+                    start = max(now, arrival)  # later than now: the wait is a bubble
+                now = start + duration[op.kind][op.stage]
+                events.append(Event(op, device, start, now))
+                done[result_of(op)] = device, now
+                row.pop()
+            free_at[device] = now
+        if len(events) == num_before:
+            heads = [
+                (device, input_of(todo[device][-1], num_stages))
+                for device in devices
+                if todo[device]
+            ]
+            waits = (
+                f"GPU{device} waits for {Op(*needed, 0)}" for device, needed in heads if needed
+            )
+            raise ValueError("deadlock: " + ", ".join(waits))
     events.sort(key=lambda event: event.start)  # stable: an op stays behind the one it needs
     return events
-
-
-def per_stage(time: float | list[float], num_stages: int) -> list[float]:
-    """A time for each stage, from one for all or a list."""
-    return time if isinstance(time, list) else [time] * num_stages
-
-
-# ----------------------------------------------------------------------------------- measures
 
 
 def makespan(events: list[Event]) -> float:
@@ -365,14 +333,250 @@ def makespan(events: list[Event]) -> float:
 
 
 def utilization(events: list[Event]) -> float:
-    """The part of all device time, 0 to 1, in which a device computes; the rest is the bubble."""
+    """The share of all device time, 0 to 1, in which a device computes; the rest is the bubble."""
     num_devices = 1 + max(event.device for event in events)
     return sum(event.end - event.start for event in events) / (num_devices * makespan(events))
 
 
-def last_readers(schedule: Schedule) -> dict[tuple[int, int], Op]:
-    """(stage, version) -> the last op that reads it; then the stage can forget it."""
-    return {(op.stage, op.version): op for row in schedule for op in row}  # the last one stays
+# ------------------------------------------------------------------------------------ network
+
+
+class Residual(nn.Module):
+    """x + scale * tanh(W x + b): with scale ~ 1 / sqrt(depth), signals keep their size.
+
+    Twelve plain Linear + ReLU layers shrink activations and gradients, and never learn.
+    """
+
+    def __init__(self, size: int, scale: float):
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:  # (microbatch_size, size) in and out
+        return x + self.scale * torch.tanh(self.linear(x))
+
+
+def build_stages(config: dict) -> list[nn.Module]:
+    """One ordinary network, cut into num_stages slices of layers_per_stage layers.
+
+    Applied one after the other the stages are the network: (n, 64) pixels in, (n, 10) logits out.
+    The same seed gives the same bits; the cut does not change them.
+    """
+    size, per_stage = config["hidden_size"], config["layers_per_stage"]
+    depth = config["num_stages"] * per_stage
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers alone
+        torch.manual_seed(config["seed"])
+        between = [Residual(size, scale=2 / math.sqrt(depth)) for _ in range(depth - 2)]
+        ends = [nn.Linear(64, size), nn.Linear(size, 10)] if depth > 1 else [nn.Linear(64, 10)]
+    layers = [*ends[:1], *between, *ends[1:]]
+    return [nn.Sequential(*layers[cut : cut + per_stage]) for cut in range(0, depth, per_stage)]
+
+
+# ------------------------------------------------------------------------------------ trainer
+
+Weights = dict[str, Tensor]  # one version of a stage: parameter name -> leaf tensor
+
+
+class Worker:
+    """What one GPU does. It knows no schedule: it runs whatever op it is given.
+
+    versions    the weight versions that this stage still needs, by number
+    in_flight   of each microbatch between its forward and its backward: the input, the output, and
+                the weights that turned one into the other. That is the stash. It copies nothing: an
+                update makes new tensors, and the old ones live while something refers to them.
+    gradient    of the weights, summed over the microbatches of the batch so far
+    losses      per batch, filled in on the last stage
+    """
+
+    def __init__(self, module: nn.Module, config: dict):
+        self.versions: dict[int, Weights] = {0: dict(module.named_parameters())}
+        self.module = module.to("meta")  # from now on without weights: every call brings its own
+        self.in_flight: dict[int, tuple[Tensor, Tensor, Weights]] = {}
+        self.gradient: Weights = {}
+        self.losses = [0.0] * config["num_batches"]
+        self.learning_rate = config["learning_rate"]
+        self.num_microbatches = config["num_microbatches"]
+        self.stashing = config["weight_stashing"]
+
+    def forward(self, op: Op, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Run the stage on weight version op.version; with labels (last stage), on to the loss.
+
+        A microbatch's loss is divided by M, so that over a batch it adds up to the batch's mean.
+        """
+        weights = self.versions[op.version]
+        # Autograd stops at x: what came before belongs to another GPU, or is the images.
+        x = x.detach().requires_grad_(op.stage > 0)
+        output = functional_call(self.module, weights, (x,))
+        if labels is not None:
+            output = cross_entropy(output, labels) / self.num_microbatches
+            self.losses[op.microbatch // self.num_microbatches] += output.item()
+        self.in_flight[op.microbatch] = x, output, weights
+        return output.detach()
+
+    def backward(self, op: Op, output_gradient: Tensor | None) -> Tensor | None:
+        """Add this microbatch's gradient to self.gradient, and return the gradient of its input.
+
+        Autograd walks back through the graph that the forward left, and reads the weights in it as
+        they are now. With stashing they are what the forward read: no update writes to a version.
+        """
+        x, output, weights = self.in_flight.pop(op.microbatch)
+        if output_gradient is not None:  # None on the last stage, where the output is the loss
+            # The chain rule. (grad_outputs= gives the same bits, but torch imports sympy for it.)
+            output = torch.dot(output.flatten(), output_gradient.flatten())
+        inputs = [*weights.values(), x] if x.requires_grad else [*weights.values()]
+        gradients = torch.autograd.grad(output, inputs)
+        for name, gradient in zip(weights, gradients, strict=False):
+            self.gradient[name] = self.gradient.get(name, 0) + gradient
+        return gradients[-1] if x.requires_grad else None
+
+    @torch.no_grad()
+    def update(self, op: Op) -> None:
+        """W(v+1) = W(v) - learning_rate * (all gradients of the batch).
+
+        W(v) is the newest version. The gradients may come from an older one, the version that the
+        batch read: that is staleness.
+        """
+        weights = self.versions[op.version]
+        if self.stashing:
+            new = {}
+            for name, w in weights.items():
+                step = torch.sub(w, self.gradient.pop(name), alpha=self.learning_rate)
+                new[name] = step.requires_grad_()
+            weights = new
+        else:
+            # In place, under the graphs of microbatches in flight. PyTorch refuses this bug
+            # ("modified by an inplace operation"): .data is the way around its guard.
+            for name, w in weights.items():
+                w.data.sub_(self.gradient.pop(name), alpha=self.learning_rate)
+        self.versions[op.version + 1] = weights
+
+
+class Run(NamedTuple):
+    """What a training run leaves behind."""
+
+    losses: list[float]  # of each batch: the mean over its images, before its update
+    peak_versions: list[int]  # per stage: the most weight versions in memory at once, counted
+    weights: list[Weights]  # per stage, after the last update
+    test_accuracy: float  # 0 to 1, on the images held out
+
+    def __repr__(self) -> str:
+        return f"Run(last loss {self.losses[-1]:.4f}, test accuracy {self.test_accuracy:.1%})"
+
+
+def train(
+    config: dict,
+    dtype: torch.dtype = torch.float32,
+    watch: Callable[[Op, Worker], None] | None = None,
+    events: list[Event] | None = None,
+    worker_class: type[Worker] = Worker,
+) -> Run:
+    """Execute a schedule, by default that of config, on tensors: op after op in simulated order.
+
+    watch(op, worker) is called after every op. ValueError for a bad config.
+    """
+    events = events or simulate(build_schedule(config), config)
+    last_reader = {(op.stage, op.version): op for op, *_ in events}  # the last one stays
+    microbatches, device = split_batches(config, dtype), choose_device(config["device"])
+    workers = [worker_class(module.to(device, dtype), config) for module in build_stages(config)]
+    last_stage = config["num_stages"] - 1
+    in_memory: list[weakref.WeakSet] = [weakref.WeakSet() for _ in workers]
+    peak_versions = [0] * len(workers)
+    sent: dict[Step | None, Tensor] = {}  # activations go down the stages, their gradients back up
+
+    for op, *_ in events:
+        worker, needed = workers[op.stage], input_of(op, config["num_stages"])
+        if op.kind == "F":
+            images, labels = microbatches[op.microbatch]
+            x = sent.pop(needed) if needed else images
+            result = worker.forward(op, x, labels if op.stage == last_stage else None)
+            if op.stage < last_stage:
+                sent[result_of(op)] = result
+        elif op.kind == "U":
+            worker.update(op)
+        else:
+            x_gradient = worker.backward(op, sent.pop(needed, None))  # none comes for the loss
+            if x_gradient is not None:
+                sent[result_of(op)] = x_gradient
+        if last_reader[op.stage, op.version] is op:
+            del worker.versions[op.version]  # the stage needs it no more
+        # Count the storages that exist, not the entries of a dict: somebody else may hold one.
+        firsts = (next(iter(weights.values())) for weights in worker.versions.values())
+        in_memory[op.stage].update(w.untyped_storage() for w in firsts)
+        peak_versions[op.stage] = max(peak_versions[op.stage], len(in_memory[op.stage]))
+        if watch:
+            watch(op, worker)
+
+    assert not any([sent, *(worker.in_flight for worker in workers)]), "something was left behind"
+    weights = [worker.versions.pop(config["num_batches"]) for worker in workers]
+    test_accuracy = accuracy([worker.module for worker in workers], weights, config)
+    return Run(workers[-1].losses, peak_versions, weights, test_accuracy)
+
+
+# ======================== the story ends here; the rest serves it ==========================
+
+
+# --------------------------------------------------------------------------------------- data
+
+
+def load_digits(generator: torch.Generator) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The 1,797 handwritten digits of digits.npz, shuffled: (x, y) to train on, (x, y) held out.
+
+    x is (n, 64) float, every pixel with mean 0 and a spread of about 1 over the training part;
+    y is (n,) int64, 0 to 9. A fifth is held out for the test accuracy. UserError: a bad file.
+    """
+    path = Path(__file__).resolve().with_name("digits.npz")
+    if not path.is_file():
+        raise UserError(f"{path} is missing, or no regular file")
+    try:
+        with np.load(path) as file:
+            images, labels = file["images"], file["labels"]
+        for array, shape, most in ((images, (8, 8), 16), (labels, (), 9)):
+            fits = array.shape == (len(labels), *shape) and array.dtype.kind in "ui"
+            if not fits or len(array) < 10 or array.min() < 0 or array.max() > most:
+                raise ValueError(f"expected whole numbers from 0 to {most}, each {shape}")
+    except Exception as error:  # a broken archive raises whatever the broken part raises
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(f"{path} does not hold the handwritten digits: {reason}") from None
+    x = torch.from_numpy(images.reshape(-1, 64) / 16.0).float()
+    y = torch.from_numpy(labels.astype(np.int64))
+    order = torch.randperm(len(y), generator=generator)
+    test, train = order.split([len(y) // 5, len(y) - len(y) // 5])
+    mean, spread = x[train].mean(0), x[train].std(0) + 0.1  # some corner pixels are always blank
+    x = (x - mean) / spread
+    return (x[train], y[train]), (x[test], y[test])
+
+
+def make_batches(config: dict) -> list[tuple[Tensor, Tensor]]:
+    """num_batches pairs of x (batch_size, 64) and y (batch_size,), epoch after shuffled epoch."""
+    generator = torch.Generator().manual_seed(config["seed"])
+    (x, y), _ = load_digits(generator)
+    num_images = config["batch_size"] * config["num_batches"]
+    epochs = range(math.ceil(num_images / len(y)))
+    order = torch.cat([torch.randperm(len(y), generator=generator) for _ in epochs])
+    return [(x[chosen], y[chosen]) for chosen in order[:num_images].split(config["batch_size"])]
+
+
+def split_batches(config: dict, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """(x, y) of every microbatch of the run, on the device, microbatch 0 first."""
+    device, num_microbatches = choose_device(config["device"]), config["num_microbatches"]
+    microbatches: list[tuple[Tensor, Tensor]] = []
+    for x, y in make_batches(config):
+        x, y = x.to(device, dtype), y.to(device)
+        microbatches += zip(x.chunk(num_microbatches), y.chunk(num_microbatches), strict=True)
+    return microbatches
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of that name; "auto": a CUDA or Apple GPU if there is one, else the CPU."""
+    if name == "auto":
+        apple = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else apple
+    return torch.device(name)
+
+
+# ----------------------------------------------------------------------------------- measures
 
 
 def memory_held(row: list[Op]) -> list[tuple[int, int]]:
@@ -384,7 +588,7 @@ def memory_held(row: list[Op]) -> list[tuple[int, int]]:
     >>> memory_held(pin_versions([row], num_microbatches=1)[0])  # F0 F1 B0 U0 F2 B1 U1 B2 U2
     [(1, 1), (2, 1), (1, 1), (1, 2), (2, 2), (1, 1), (1, 2), (0, 1), (0, 1)]
     """
-    last_reader = last_readers([row])
+    last_reader = {(op.stage, op.version): op for op in row}
     in_flight, alive = 0, len({op.stage for op in row})  # every stage starts with version 0
     held = []
     for op in row:
@@ -408,373 +612,174 @@ def peak_versions(schedule: Schedule) -> list[int]:
 def mismatches(schedule: Schedule) -> list[Op]:
     """The backwards that read another weight version than their forward did. Stashing: none."""
     ops = [op for row in schedule for op in row]
-    forward_read = {(op.stage, op.microbatch): op.version for op in ops if op.kind == "F"}
-    return [
-        op for op in ops if op.kind == "B" and forward_read[op.stage, op.microbatch] != op.version
-    ]
+    read = {op[:3]: op.version for op in ops}
+    return [op for op in ops if op.kind == "B" and op.version != read[op.stage, "F", op.microbatch]]
 
 
 def staleness(schedule: Schedule, num_microbatches: int) -> list[int]:
     """Per device, the most updates that a forward misses: plain SGD reads version b for batch b."""
-    return [
-        max(op.microbatch // num_microbatches - op.version for op in row if op.kind == "F")
-        for row in schedule
-    ]
+    forwards = [[op for op in row if op.kind == "F"] for row in schedule]
+    return [max(op.microbatch // num_microbatches - op.version for op in row) for row in forwards]
 
 
-# ----------------------------------------------------------------------------- model and data
-
-
-class Residual(nn.Module):
-    """x + scale * tanh(W x + b): a layer that changes what it gets, but never drowns it.
-
-    With a scale that falls as 1 / sqrt(depth), activations and gradients keep their size through
-    any number of layers. Twelve plain Linear + ReLU layers shrink them instead, and never learn.
-    """
-
-    def __init__(self, size: int, scale: float):
-        super().__init__()
-        self.linear = nn.Linear(size, size)
-        nn.init.xavier_uniform_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:  # (microbatch_size, size) in and out
-        return x + self.scale * torch.tanh(self.linear(x))
-
-
-def build_stages(config: dict) -> list[nn.Module]:
-    """One ordinary network, cut into num_stages slices of layers_per_stage layers.
-
-    Applied one after the other the stages are the network: (n, 64) pixels in, (n, 10) logits out.
-    The same seed gives the same bits; the cut does not change them.
-    """
-    depth = config["num_stages"] * config["layers_per_stage"]
-    size = config["hidden_size"]
-    with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers alone
-        torch.manual_seed(config["seed"])
-        if depth == 1:
-            layers = [nn.Linear(64, 10)]
-        else:
-            between = [Residual(size, scale=2 / math.sqrt(depth)) for _ in range(depth - 2)]
-            layers = [nn.Linear(64, size), *between, nn.Linear(size, 10)]
-    cuts = range(0, depth, config["layers_per_stage"])
-    return [nn.Sequential(*layers[cut : cut + config["layers_per_stage"]]) for cut in cuts]
-
-
-def load_digits(generator: torch.Generator) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The 1,797 handwritten digits of digits.npz, shuffled: (x, y) to train on, (x, y) held out.
-
-    x is (n, 64) float, every pixel with mean 0 and a spread of about 1 over the training part;
-    y is (n,) int64, 0 to 9. A fifth is held out for the test accuracy. UserError without the file.
-    """
-    path = Path(__file__).resolve().with_name("digits.npz")
-    try:
-        with np.load(path) as file:
-            images, labels = file["images"], file["labels"]
-        shapes_fit = labels.ndim == 1 and images.shape == (len(labels), 8, 8)
-        if not shapes_fit or len(labels) < 10 or {images.dtype.kind, labels.dtype.kind} - set("ui"):
-            raise ValueError("expected whole numbers, images (n, 8, 8) and labels (n,)")
-        if not 0 <= labels.min() <= labels.max() <= 9:
-            raise ValueError("expected labels from 0 to 9")
-        x = torch.from_numpy(images.reshape(len(labels), 64) / 16.0).float()
-        y = torch.from_numpy(labels.astype(np.int64))
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there: it belongs next to pipedream_simple.py") from None
-    except Exception as error:  # a broken archive raises whatever the part that broke raises
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UserError(f"{path} does not hold the handwritten digits: {reason}") from None
-    order = torch.randperm(len(y), generator=generator)
-    test, train = order.split([len(y) // 5, len(y) - len(y) // 5])
-    mean, spread = x[train].mean(0), x[train].std(0) + 0.1  # some corner pixels are always blank
-    x = (x - mean) / spread
-    return (x[train], y[train]), (x[test], y[test])
-
-
-def make_batches(config: dict) -> list[tuple[Tensor, Tensor]]:
-    """num_batches pairs of x (batch_size, 64) and y (batch_size,), epoch after shuffled epoch."""
-    generator = torch.Generator().manual_seed(config["seed"])
-    (x, y), _ = load_digits(generator)
-    num_images = config["batch_size"] * config["num_batches"]
-    epochs = range(math.ceil(num_images / len(y)))
-    order = torch.cat([torch.randperm(len(y), generator=generator) for _ in epochs])
-    return [(x[chosen], y[chosen]) for chosen in order[:num_images].split(config["batch_size"])]
-
-
-def choose_device(name: str) -> torch.device:
-    """The torch device of that name; "auto" is a CUDA GPU if there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-# ------------------------------------------------------------------------------------ trainer
-
-Weights = dict[str, Tensor]  # one version of a stage: parameter name -> leaf tensor
-
-
-class Worker:
-    """What one GPU does. It knows no schedule: it runs whatever op it is given.
-
-    versions    the weight versions that this stage still needs, by number
-    in_flight   of each microbatch between its forward and its backward: the input, the output, and
-                the weights that turned one into the other. That is the stash. It copies nothing: an
-                update makes new tensors, and the old ones live while somebody holds them.
-    gradient    of the weights, summed over the microbatches of the batch so far
-    """
-
-    def __init__(self, stage: nn.Module, weights: Weights, config: dict):
-        self.stage = stage
-        self.versions = {0: weights}
-        self.in_flight: dict[int, tuple[Tensor, Tensor, Weights]] = {}
-        self.gradient: Weights = {}
-        self.learning_rate = config["learning_rate"]
-        self.num_microbatches = config["num_microbatches"]
-        self.stashing = config["weight_stashing"]
-
-    def forward(self, op: Op, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Run the stage on weight version op.version; given labels (last stage), on to the loss.
-
-        A microbatch's loss is divided by M, so that over a batch it adds up to the batch's mean.
-        """
-        weights = self.versions[op.version]
-        # Autograd stops at x: what came before is another GPU's, or the images.
-        x = x.detach().requires_grad_(op.stage > 0)
-        output = functional_call(self.stage, weights, (x,), tie_weights=False)  # there are none
-        if labels is not None:
-            output = cross_entropy(output, labels) / self.num_microbatches
-        self.in_flight[op.microbatch] = x, output, weights
-        return output.detach()
-
-    def backward(self, op: Op, output_gradient: Tensor | None) -> Tensor | None:
-        """Add this microbatch's gradient to self.gradient, and return the gradient of its input.
-
-        Autograd walks back through the graph that the forward left, and reads the weights in it as
-        they are by now. With stashing they are what the forward saw: nobody writes on a version.
-        """
-        x, output, weights = self.in_flight.pop(op.microbatch)
-        assert weights is self.versions[op.version], f"{op} does not read version {op.version}"
-        if output_gradient is not None:
-            # The chain rule. output.backward(output_gradient) is the same to the bit, but torch
-            # imports sympy for it, which takes longer than all the training of the default run.
-            output = torch.dot(output.flatten(), output_gradient.flatten())
-        if op.kind == "I":  # only the gradient of x for now, which others wait for
-            self.in_flight[op.microbatch] = x, output, weights
-            if x.requires_grad:
-                output.backward(inputs=[x], retain_graph=True)
-            return x.grad
-        for name, w in weights.items():
-            w.grad = self.gradient.get(name)  # autograd adds to what is there
-        output.backward(inputs=[*weights.values()] if op.kind == "W" else None)
-        for name, w in weights.items():
-            self.gradient[name], w.grad = w.grad, None
-        return x.grad
-
-    @torch.no_grad()
-    def update(self, op: Op) -> None:
-        """W(v+1) = W(v) - learning_rate * (all gradients of the batch).
-
-        W(v) is the newest version. The gradients may come from an older one, the one that the batch
-        read: that is staleness.
-        """
-        weights, rate = self.versions[op.version], self.learning_rate
-        new = {} if self.stashing else weights
-        for name, w in weights.items():
-            gradient = self.gradient.pop(name)
-            if self.stashing:
-                # Into memory of its own: that of the gradient, which nobody needs any more.
-                new[name] = torch.sub(w, gradient, alpha=rate, out=gradient).requires_grad_()
-            else:
-                # In place, under the graphs of microbatches in flight. PyTorch refuses this bug
-                # ("modified by an inplace operation"): .data is the way around its guard.
-                w.data.sub_(gradient, alpha=rate)
-        self.versions[op.version + 1] = new
-
-
-@dataclass
-class Run:
-    """What a training run leaves behind, noted down while it ran."""
-
-    losses: list[float]  # of each batch: the mean over its images, before its update
-    newest: list[int]  # per stage: its newest version by now
-    peak_versions: list[int]  # per stage: the most versions alive at once
-    versions_read: dict[tuple[int, str, int], int] = field(default_factory=dict)
-    # (stage, "F" or "B", microbatch) -> the version whose tensors that op used
-    newest_at_backward: dict[tuple[int, int], int] = field(default_factory=dict)
-    # (stage, microbatch) -> the newest version that the stage had by the time of its backward
-    weights: list[Weights] = field(default_factory=list)  # per stage, after the last update
-    test_accuracy: float = math.nan  # 0 to 1, on the images held out, after the last update
-
-
-def train(
-    config: dict,
-    dtype: torch.dtype = torch.float32,
-    on_batch: Callable[[int, Run], None] | None = None,
-    watch: Callable[[Op, Worker], None] | None = None,
-    schedule: Schedule | None = None,
-) -> Run:
-    """Execute a schedule, by default that of config, on tensors: op after op in simulated order.
-
-    on_batch(batch, run) is called whenever all stages have made their update for a batch;
-    watch(op, worker) after every op.
-    """
-    num_stages, num_microbatches = config["num_stages"], config["num_microbatches"]
-    schedule = schedule or build_schedule(config)
-    last_reader = last_readers(schedule)
-    microbatches = split_batches(config, dtype)
-    workers = make_workers(config, dtype)
-    sent = {}  # (stage, kind, microbatch) -> what that op hands on to the next
-    batches_complete = 0
-    run = Run(
-        [0.0] * config["num_batches"], newest=[0] * num_stages, peak_versions=[1] * num_stages
-    )
-
-    for op, *_ in simulate(schedule, config):
-        worker = workers[op.stage]
-        batch = op.microbatch // num_microbatches
-        on_last_stage = op.stage == num_stages - 1
-        needed = input_of(op, num_stages)
-        if op.kind == "F":
-            images, labels = microbatches[op.microbatch]
-            x = images if needed is None else sent.pop(needed)
-            sent[op[:3]] = worker.forward(op, x, labels if on_last_stage else None)
-        elif op.kind in ("B", "I"):
-            received = sent.pop(needed)
-            if on_last_stage:  # its own loss: the loss is the output, and no gradient arrives
-                run.losses[batch] += received.item()
-                received = None
-            x_gradient = worker.backward(op, received)
-            if op.stage > 0:
-                sent[result_of(op)] = x_gradient
-            run.newest_at_backward[op.stage, op.microbatch] = run.newest[op.stage]
-        elif op.kind == "W":
-            worker.backward(op, None)
-        else:
-            worker.update(op)
-            run.newest[op.stage] += 1
-
-        if op.kind != "U":
-            run.versions_read[op[:3]] = op.version
-        if last_reader[op.stage, op.version] is op:
-            del worker.versions[op.version]
-        run.peak_versions[op.stage] = max(run.peak_versions[op.stage], len(worker.versions))
-        if watch:
-            watch(op, worker)
-        if on_batch and op.kind == "U" and min(run.newest) > batches_complete:
-            on_batch(batches_complete, run)
-            batches_complete += 1
-
-    assert not sent, "a message was left behind"
-    assert not any(worker.in_flight for worker in workers), "a microbatch was left behind"
-    run.weights = [worker.versions.pop(config["num_batches"]) for worker in workers]
-    assert not any(worker.versions for worker in workers), "a weight version was left behind"
-    run.test_accuracy = accuracy([worker.stage for worker in workers], run.weights, config)
-    return run
-
-
-def make_workers(config: dict, dtype: torch.dtype) -> list[Worker]:
-    """A worker for every stage, with version 0 of its weights as leaf tensors on the device."""
-    device = choose_device(config["device"])
-    workers = []
-    for stage in build_stages(config):
-        parameters = {name: w.detach().to(device, dtype) for name, w in stage.named_parameters()}
-        weights = {name: w.requires_grad_() for name, w in parameters.items()}
-        workers.append(Worker(stage, weights, config))
-    return workers
-
-
-def split_batches(config: dict, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """(x, y) of every microbatch of the run, on the device, microbatch 0 first."""
-    device, num_microbatches = choose_device(config["device"]), config["num_microbatches"]
-    microbatches = []
-    for x, y in make_batches(config):
-        x, y = x.to(device, dtype), y.to(device)
-        microbatches += zip(x.chunk(num_microbatches), y.chunk(num_microbatches), strict=True)
-    return microbatches
-
-
-def run_network(stages: list[nn.Module], weights: list[Weights], x: Tensor) -> Tensor:
-    """The whole network, stage after stage, each on its weights: x (n, 64) to logits (n, 10)."""
-    for stage, stage_weights in zip(stages, weights, strict=True):
-        x = functional_call(stage, stage_weights, (x,))
-    return x
+def variants(schedules: Iterable[str]) -> dict[str, dict]:
+    """name -> settings: the schedules, and PipeDream's other ways with its weights."""
+    switches = {"weight_stashing": True, "vertical_sync": False}
+    named = {name: {"schedule": name, **switches} for name in schedules}
+    named["  vertical sync"] = {**named["pipedream"], "vertical_sync": True}
+    named["  no stashing"] = {**named["pipedream"], "weight_stashing": False}
+    return named
 
 
 @torch.no_grad()
 def accuracy(stages: list[nn.Module], weights: list[Weights], config: dict) -> float:
-    """The part of the held-out images, 0 to 1, that the network with these weights gets right."""
+    """The share of the held-out images, 0 to 1, that the network gets right; nan if it diverged."""
     _, (x, y) = load_digits(torch.Generator().manual_seed(config["seed"]))
-    any_weight = next(iter(weights[0].values()))
-    guesses = run_network(stages, weights, x.to(any_weight)).argmax(1)
-    return (guesses.cpu() == y).double().mean().item()
+    x = x.to(next(iter(weights[0].values())))
+    for stage, stage_weights in zip(stages, weights, strict=True):
+        x = functional_call(stage, stage_weights, (x,))
+    return (x.argmax(1).cpu() == y).double().mean().item() if x.isfinite().all() else math.nan
 
 
-class GradientAudit:
-    """How wrong is a gradient? Give this to train as watch, and each is compared with the true one.
+class Audit:
+    """What did each op really use? Give this to train as watch: the tensors tell, not the schedule.
 
-    True is backpropagation through the whole network, every stage on a copy of the weights that its
-    forward read for the same microbatch. error[stage, microbatch] is |gradient - true| / |true|
-    over the weights of the stage. With weight stashing it is 0 up to rounding.
+    A forward used the weights at the leaves of the graph that it left; its backward used the same
+    tensors, with what was in them by then. With gradients, each gradient is also compared with the
+    true one: backpropagation through the network on copies of the weights that the forwards read.
+
+    read           (stage, kind, microbatch) -> version, for F and B
+    newest_then    (stage, microbatch) -> the newest version of the stage when the backward ran
+    error          (stage, microbatch) -> |gradient - true| / |true|; 0 with weight stashing
+    newest, losses so far, per stage and per batch
     """
 
-    def __init__(self, config: dict, dtype: torch.dtype = torch.float32):
-        self.stages = build_stages(config)
-        self.microbatches = split_batches(config, dtype)
-        self.num_microbatches = config["num_microbatches"]
-        self.read: dict[tuple[int, int], Weights] = {}  # (stage, microbatch) -> copy
-        self.used: dict[tuple[int, int], Tensor] = {}  # (stage, microbatch) -> gradient, flat
-        self.summed: dict[int, Tensor] = {}  # stage -> gradient of the batch so far, flat
+    def __init__(self, config: dict, dtype: torch.dtype = torch.float32, gradients: bool = False):
+        self.read: dict[Step, int] = {}
+        self.newest_then: dict[tuple[int, int], int] = {}
         self.error: dict[tuple[int, int], float] = {}
+        self.newest, self.losses = [0] * config["num_stages"], [0.0]
+        self.version_of: dict[int, dict[int, int]] = {}  # stage -> {id of a tensor: version}
+        self.used: dict[tuple[int, int], set[int]] = {}  # (stage, microbatch) -> ids of tensors
+        self.microbatches = split_batches(config, dtype) if gradients else []
+        self.num_microbatches = config["num_microbatches"]
+        self.copies: dict[tuple[int, int], list[Tensor]] = {}  # (stage, microbatch) -> weights
+        self.true_output: dict[int, Tensor] = {}  # microbatch -> of the stages so far
+        self.summed: dict[int, Tensor] = {}  # stage -> gradient of the batch so far, flat
 
     def __call__(self, op: Op, worker: Worker) -> None:
-        if op.kind == "F":
-            _, _, weights = worker.in_flight[op.microbatch]
+        stage, kind, microbatch, _ = op
+        if kind in ("F", "U"):
+            versions = sorted(worker.versions.items())
+            self.version_of[stage] = {id(w): v for v, ws in versions for w in ws.values()}
+            self.newest[stage] = max(worker.versions)
+        if kind == "F":
+            leaves = {id(leaf) for leaf in leaves_of(worker.in_flight[microbatch][1])}
+            self.used[stage, microbatch] = leaves & self.version_of[stage].keys()
+        if kind in ("F", "B"):
+            used = self.used[stage, microbatch]
+            (self.read[op[:3]],) = {self.version_of[stage][tensor] for tensor in used}
+        if kind == "B":
+            self.newest_then[stage, microbatch] = self.newest[stage]
+        if stage == len(self.newest) - 1:
+            self.losses = worker.losses
+        if self.microbatches:
+            self.compare(op, worker)
+
+    def compare(self, op: Op, worker: Worker) -> None:
+        stage, kind, microbatch, _ = op
+        if kind == "F":
+            images, labels = self.microbatches[microbatch]
+            weights = worker.in_flight[microbatch][2]
             copy = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
-            self.read[op.stage, op.microbatch] = copy
-        elif op.kind == "B":
-            summed = flat(worker.gradient)
-            self.used[op.stage, op.microbatch] = summed - self.summed.get(op.stage, 0)
-            self.summed[op.stage] = summed
-            if op.stage == 0:  # the microbatch has come back
-                self.compare(op.microbatch)
-        else:
-            del self.summed[op.stage]
-
-    def compare(self, microbatch: int) -> None:
-        """Fill in the error of every stage for a microbatch whose backward is done."""
-        x, labels = self.microbatches[microbatch]
-        read = [self.read.pop((stage, microbatch)) for stage in range(len(self.stages))]
-        loss = cross_entropy(run_network(self.stages, read, x), labels) / self.num_microbatches
-        loss.backward()
-        for stage, weights in enumerate(read):
-            true = flat({name: w.grad for name, w in weights.items()})
-            difference = self.used.pop((stage, microbatch)) - true
-            self.error[stage, microbatch] = (difference.norm() / true.norm()).item()
+            output = functional_call(
+                worker.module, copy, (self.true_output.get(microbatch, images),)
+            )
+            if stage == len(self.newest) - 1:
+                output = cross_entropy(output, labels) / self.num_microbatches
+            self.true_output[microbatch], self.copies[stage, microbatch] = output, [*copy.values()]
+        elif kind in ("B", "W"):
+            copies, output = self.copies.pop((stage, microbatch)), self.true_output[microbatch]
+            true = flat(torch.autograd.grad(output, copies, retain_graph=True))
+            summed = flat(worker.gradient.values())
+            wrong = summed - self.summed.get(stage, 0) - true
+            self.error[stage, microbatch] = (wrong.norm() / true.norm()).item()
+            self.summed[stage] = summed
+            if all(m != microbatch for _, m in self.copies):
+                del self.true_output[microbatch]
+        elif kind == "U":
+            del self.summed[stage]
 
 
-def flat(tensors: Weights) -> Tensor:
+def flat(tensors: Iterable[Tensor]) -> Tensor:
     """All of them as one vector."""
-    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def leaves_of(output: Tensor) -> list[Tensor]:
+    """The tensors for which a backward from output can compute gradients."""
+    todo, seen, leaves = [output.grad_fn], set(), []
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            todo += [child for child, _ in node.next_functions]
+    return leaves
 
 
 # ------------------------------------------------------------------------------------- report
 #
-# Text from values. No schedule, time or loss is worked out here.
+# Text from values.
 
-TIMELINE_STYLES = [  # heading, forward, backward, idle, separator: from roomy to narrow
-    ("GPU{0} (Stage {0})", "MB{0} forward", "MB{0} backward", "idle", " | "),
-    ("GPU{0} (Stage {0})", "MB{0} forward", "MB{0} backward", "idle", "| "),
-    ("GPU{0}", "F{0}", "B{0}", ".", " | "),
-    ("{0}", "F{0}", "B{0}", ".", " "),
-]
+
+def count(number: int, noun: str) -> str:
+    """1 GPU, 4 GPUs, 4 batches."""
+    plural = "" if number == 1 else "es" if noun.endswith(("ch", "ss")) else "s"
+    return f"{number:,} {noun}{plural}"
+
+
+def shorten(items: list, limit: int, what: str) -> list:
+    """Of too many items the first and the last ones, and between them how many are left out."""
+    if len(items) <= limit:
+        return items
+    first, last = limit - limit // 4, limit // 4
+    return [*items[:first], f"... ({len(items) - limit} more {what})", *items[-last:]]
+
+
+def format_rows(rows: Iterable[Iterable[tuple]]) -> str:
+    """What each GPU does, in order and without times, one line per GPU."""
+    lines = (" ".join(f"{kind}{m}" for _, kind, m, *_ in row) for row in rows)
+    return "\n".join(f"GPU{device}: {line}" for device, line in enumerate(lines))
+
+
+def format_table(table: list[list[str]], gap: int = 2) -> list[str]:
+    """Lines of left-aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [(" " * gap).join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+
+
+def format_per_gpu(values: list, limit: int = 5) -> str:
+    """4 3 2 1, GPU0 first; of many GPUs only some: 8 7 .. 1."""
+    some = values if len(values) <= limit else [*values[: limit - 3], "..", values[-1]]
+    return " ".join(map(str, some))
+
+
+def tick(time: float) -> float:
+    """A time without the last digits of rounding, so that 0.1 + 0.2 and 0.3 are one row."""
+    return float(f"{time:.12g}")
+
+
+ROOMY = ("GPU{0} (Stage {0})", "MB{0} forward", "MB{0} backward", "idle")
+NARROW = ("{0}", "F{0}", "B{0}", ".")
 ALL_BUSY = " ← All busy!"
 
 
 def format_timeline(events: list[Event], width: int = 100, max_rows: int = 60) -> str:
-    """A table: a row for every time at which something begins or ends, a column a GPU.
+    """A table: a row for every time at which something begins or ends, a column for every GPU.
 
-    The first of TIMELINE_STYLES that fits in width; GPUs that do not fit even in the narrowest, and
-    rows beyond max_rows, are left out and counted.
+    Where it would be wider than width, cells are abbreviated, and then GPUs are left out. Rows that
+    repeat for later microbatches are folded.
     """
     times = sorted({tick(time) for event in events for time in (event.start, event.end)})
     row_of = {time: row for row, time in enumerate(times)}
@@ -783,47 +788,53 @@ def format_timeline(events: list[Event], width: int = 100, max_rows: int = 60) -
     for op, device, start, end in events:
         for row in range(row_of[tick(start)], row_of[tick(end)]):
             running[row][device] = op
-    head, hidden, tail = shorten(range(len(running)), max_rows)
+    folded, period = repeating([{d: op.kind for d, op in ops.items()} for ops in running])
+    shown = [row for row in range(len(running)) if row not in folded]
 
-    for heading, forward, backward, idle, separator in TIMELINE_STYLES:
-        texts = {"F": forward, "B": backward}
+    for style, separator in ((ROOMY, " | "), (ROOMY, "| "), (NARROW, " ")):
+        heading, *texts, idle = style
         table = [["Time", *(heading.format(device) for device in range(num_devices))]]
-        for row in [*head, *tail]:
+        for row in shown:
             ops = [running[row].get(device) for device in range(num_devices)]
-            cells = (texts[op.kind].format(op.microbatch) if op else idle for op in ops)
+            cells = (texts["FB".index(op.kind)].format(op.microbatch) if op else idle for op in ops)
             table.append([f"t{times[row]:.12g}", *cells])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        if sum(widths) + len(separator) * num_devices + len(ALL_BUSY) <= width:
+        room = width - len(ALL_BUSY)
+        if sum(widths) + len(separator) * num_devices <= room:
             break
-    room = width - len(ALL_BUSY)
     while len(widths) > 2 and sum(widths) + len(separator) * (len(widths) - 1) > room:
         widths.pop()
 
-    lines = [separator.join(map(str.ljust, cells, widths)) for cells in table]
-    for line, row in enumerate([*head, *tail], start=1):
-        lines[line] = (
-            lines[line] + ALL_BUSY if len(running[row]) == num_devices else lines[line].rstrip()
-        )
-    if hidden:
-        lines.insert(1 + len(head), f"...  ({hidden} more rows)")
+    head, *lines = [separator.join(map(str.ljust, cells, widths)) for cells in table]
+    for line, row in enumerate(shown):
+        busy = len(running[row]) == num_devices
+        lines[line] = lines[line] + ALL_BUSY if busy else lines[line].rstrip()
+    if folded:
+        span = f"t{times[folded.start]:.12g} to t{times[folded.stop] - 1:.12g}"
+        again = f"... {span}: again the {count(period, 'row')} above, on later microbatches"
+        lines.insert(shown.index(folded.start - 1) + 1, again)
     if len(widths) <= num_devices:
-        lines[0] += f" (+{num_devices + 1 - len(widths)} GPUs)"
-    if forward == "F{0}":
-        lines.insert(0, "(F3: MB3 forward, B3: backward, .: idle)")
-    return "\n".join(lines)
+        head += f" (+{count(num_devices + 1 - len(widths), 'GPU')})"
+    if style is NARROW:
+        head = "(a column is a GPU; F3: forward of microbatch 3, B3: backward, .: idle)\n" + head
+    return "\n".join([head, *shorten(lines, max_rows, "rows")])
 
 
-def tick(time: float) -> float:
-    """A time without the last digits of rounding, so that 0.1 + 0.2 and 0.3 are one row."""
-    return float(f"{time:.12g}")
+def repeating(looks: list) -> tuple[range, int]:
+    """The longest stretch of which each item is the same as the one a period before; that period.
 
-
-def shorten(items: Sequence, limit: int) -> tuple[Sequence, int, Sequence]:
-    """(the first ones, how many are left out, the last ones): limit items at the most."""
-    if len(items) <= limit:
-        return items, 0, []
-    num_last = max(1, limit // 4)
-    return items[: limit - num_last], len(items) - limit, items[-num_last:]
+    >>> repeating(["a", "b", "c", "b", "c", "b", "d"])
+    (range(3, 6), 2)
+    """
+    best, best_period = range(0), 0
+    for period in range(1, min(len(looks) // 2, 10**6 // (1 + len(looks))) + 1):
+        start = period
+        for row in range(period, len(looks) + 1):
+            if row == len(looks) or looks[row] != looks[row - period]:
+                if row - start > max(2, len(best)):
+                    best, best_period = range(start, row), period
+                start = row + 1
+    return best, best_period
 
 
 def schedule_name(config: dict) -> tuple[str, str]:
@@ -837,310 +848,265 @@ def schedule_name(config: dict) -> tuple[str, str]:
     return name, "weight stashing" if config["weight_stashing"] else "NO weight stashing"
 
 
-def format_banner(config: dict) -> str:
+Runs = dict[str, tuple[Schedule, list[Event]]]  # by the names of variants()
+
+
+def format_banner(config: dict, runs: Runs) -> str:
     """What is about to run, on what, and what of it is real."""
-    num_stages = config["num_stages"]
-    gpus = f"{num_stages} GPU" + "s" * (num_stages > 1)
-    device = choose_device(config["device"])
-    here = "CPU" if device.type == "cpu" else "1 GPU"
-    on = "the CPU" if device.type == "cpu" else "1 GPU"
-    modules = build_stages(config)
-    num_weights = sum(w.numel() for stage in modules for w in stage.parameters())
+    num_stages, layers = config["num_stages"], count(config["layers_per_stage"], "layer")
+    gpus = count(num_stages, "GPU")
+    one, flush, no_flush = (utilization(runs[key][1]) for key in ("naive", "1f1b", "pipedream"))
+    on_cpu = choose_device(config["device"]).type == "cpu"
+    num_weights = sum(w.numel() for stage in build_stages(config) for w in stage.parameters())
     name, keeps = schedule_name(config)
     one_by_one = num_stages == 1 or config["schedule"] == "naive"
-    parallel = (
-        "One GPU would work at a time" if one_by_one else f"All {gpus} would work in parallel"
-    )
+    parallel = f"{'One GPU' if one_by_one else f'All {gpus}'} would work "
+    parallel += "at a time" if one_by_one else "in parallel"
     return f"""\
 🚀 {name} Pipeline Created!
-⚠️  SIMULATION MODE: Running on {here} (simulating {gpus})
+{gpus}: {one:.1%} busy one microbatch at a time, {flush:.1%} with microbatches,
+        {no_flush:.1%} with PipeDream
+⚠️  SIMULATION MODE: Running on {"CPU" if on_cpu else "1 GPU"} (simulating {gpus})
 Pipeline stages: {num_stages} (would be {gpus} in real setup)
 Microbatches: {config["num_microbatches"]}
 Schedule: {config["schedule"]} ({keeps})
-Network: {num_stages} x {config["layers_per_stage"]} layers, {num_weights:,} weights
+Network: {num_stages} x {layers}, {num_weights:,} weights
 
 💡 In real {name}:
    - Each stage would be on a separate GPU
    - {parallel}
 
 💡 In this simulation:
-   - All stages are on {on} (for learning); the arithmetic is real
+   - All stages are on {"the CPU" if on_cpu else "1 GPU"} (for learning); the arithmetic is real
    - Timeline shows what WOULD happen on {gpus}; time is simulated"""
 
 
-def worst(errors: list[float]) -> float:
-    """The largest, and not a number if one of them is none."""
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
-
-
-def format_versions(versions: list[int], short: bool = False) -> str:
-    """Versions stage by stage: "v0 v0 v0 v1", or in short "v0x3 v1".
-
-    >>> format_versions([0, 0, 0, 1]), format_versions([0, 0, 0, 1], short=True)
-    ('v0 v0 v0 v1', 'v0x3 v1')
-    """
-    if not short:
+def format_versions(versions: list[int]) -> str:
+    """v0 v0 v0 v1, stage by stage; of many stages how many in a row have the same: v0x7 v1."""
+    if len(versions) <= 4:
         return " ".join(f"v{v}" for v in versions)
-    runs = ((v, len(list(same))) for v, same in itertools.groupby(versions))
-    return " ".join(f"v{v}x{length}" if length > 1 else f"v{v}" for v, length in runs)
+    return " ".join(f"v{v}x{len([*same])}" for v, same in itertools.groupby(versions))
 
 
-def format_table(table: list[list[str]], gap: int = 3) -> list[str]:
-    """Lines of left-aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [(" " * gap).join(map(str.ljust, cells, widths)).rstrip() for cells in table]
-
-
-def format_batch(
-    batch: int,
-    run: Run,
-    config: dict,
-    events: list[Event],
-    gradient_error: dict[tuple[int, int], float],
-    width: int = 100,
-) -> str:
+def format_batch(batch: int, audit: Audit, config: dict, events: list[Event]) -> str:
     """What happened to one batch: versions read, loss, updates in order of (simulated) time."""
     num_microbatches, stages = config["num_microbatches"], range(config["num_stages"])
-    first = batch * num_microbatches
-    head, hidden, tail = shorten(range(first, first + num_microbatches), 16)
-    for short in (False, True):
-        table = [
-            [
-                "",
-                "forward read",
-                "backward read",
-                "newest at backward",
-                "gradient" * bool(gradient_error),
-            ]
-        ]
-        for m in [*head, *tail]:
-            read = [[run.versions_read[s, kind, m] for s in stages] for kind in "FB"]
-            newest = [run.newest_at_backward[s, m] for s in stages]
-            errors = [gradient_error[s, m] for s in stages] if gradient_error else []
-            note = f"{worst(errors):.1%} off" if errors else ""
-            table.append([f"MB{m}", *(format_versions(v, short) for v in (*read, newest)), note])
-        lines = format_table(table)
-        if max(map(len, lines)) <= width:
-            break
-    if hidden:
-        lines.insert(1 + len(head), f"...  ({hidden} more microbatches)")
-    note = "stage 0 first; v0x3: v0 on three stages" if short else "stage 0 first"
-    lines.insert(0, f"BATCH {batch + 1}/{config['num_batches']}  (weight versions, {note})")
-    count = f"{num_microbatches} microbatch" + "es" * (num_microbatches > 1)
-    lines.append(f"Average loss across {count}: {run.losses[batch]:.4f}")
+    rows: dict[tuple, list[int]] = {}  # cells -> the microbatches that share them
+    for m in range(batch * num_microbatches, (batch + 1) * num_microbatches):
+        versions = [[audit.read[s, kind, m] for s in stages] for kind in "FB"]
+        versions += [[audit.newest_then[s, m] for s in stages]]
+        cells = [format_versions(of_stages) for of_stages in versions]
+        if audit.error:
+            cells.append(f"{np.max([audit.error[s, m] for s in stages]):.1%} off")
+        rows.setdefault(tuple(cells), []).append(m)
+    heads = ["", "forward read", "backward read", "newest at backward", "gradient"]
+    names = [f"MB{ms[0]}" + f" to {ms[-1]}" * (len(ms) > 1) for ms in rows.values()]
+    table = [[name, *cells] for name, cells in zip(names, rows, strict=True)]
+    loss = f"Average loss across {count(num_microbatches, 'microbatch')}: {audit.losses[batch]:.4f}"
     updates = [event for event in events if event.op.kind == "U" and event.op.version == batch]
-    head, hidden, tail = shorten(updates, 8)
-    for op, _, _, end in [*head, *tail]:
-        lines.append(f"Stage {op.stage}: Updated weights v{batch} → v{batch + 1}  (at t{end:.10g})")
-    if hidden:
-        lines.insert(len(lines) - len(tail), f"...  ({hidden} more stages)")
-    lines.append("")
-    if min(run.newest) == max(run.newest):
-        lines.append(f"✅ Batch complete! All stages now at version {batch + 1}")
-    else:
-        lines.append(f"✅ Batch complete! All stages have version {batch + 1}, some a newer one:")
-        lines.append("   " + format_versions(run.newest, short))
-    return "\n".join(lines)
+    then = f"v{batch} → v{batch + 1}"
+    changes = [f"Stage {op.stage}: Updated weights {then}  (at t{t:.10g})" for op, *_, t in updates]
+    done = f"All stages now at version {batch + 1}"
+    if min(audit.newest) != max(audit.newest):
+        done = f"All stages have version {batch + 1}, some a newer one:\n   "
+        done += format_versions(audit.newest)
+    return "\n".join(
+        [
+            f"BATCH {batch + 1}/{config['num_batches']}  (weight versions, stage 0 first)",
+            *shorten(format_table([heads[: len(table[0])], *table], gap=3), 16, "rows"),
+            f"{loss}, read on " + " or ".join(dict.fromkeys(cells[0] for cells in rows)),
+            *shorten(changes, 8, "stages"),
+            f"\n✅ Batch complete! {done}",
+        ]
+    )
 
 
 def batches_shown(num_batches: int) -> list[int]:
     """The batches that get a line: of a long run only every so many, and the last."""
-    step = math.ceil(num_batches / 20)
-    return sorted({*range(0, num_batches, step), num_batches - 1})
+    return sorted({*range(0, num_batches, math.ceil(num_batches / 20)), num_batches - 1})
 
 
-def format_loss(batch: int, run: Run) -> str:
+def format_loss(batch: int, losses: list[float]) -> str:
     """The one line that is left of a batch."""
-    return f"Batch {batch + 1}: Loss {run.losses[batch]:.4f} (weights v{batch} → v{batch + 1})"
+    return f"Batch {batch + 1}: Loss {losses[batch]:.4f} (weights v{batch} → v{batch + 1})"
 
 
-def format_measures(
-    config: dict,
-    schedule: Schedule,
-    events: list[Event],
-    run: Run,
-    gradient_error: dict[tuple[int, int], float],
-    width: int = 100,
-) -> str:
+def format_measures(events: list[Event], runs: Runs, run: Run, audit: Audit) -> str:
     """What the simulated GPUs did with their time and memory, and what the training reached."""
-    one_by_one = makespan(simulate(build_schedule({**config, "schedule": "naive"}), config))
-    time = makespan(events)
-    devices = range(len(schedule))
-    busy = [0.0 for _ in devices]
-    for event in events:
-        busy[event.device] += (event.end - event.start) / time
-    per_gpu = {
-        "": [f"GPU{device}" for device in devices],
-        "busy": [f"{part:.0%}" for part in busy],
-        "microbatches in flight, peak": peak_in_flight(schedule),
-        "weight versions alive, peak": run.peak_versions,
-        "staleness (updates missed)": staleness(schedule, config["num_microbatches"]),
-    }
-    if gradient_error:
-        errors = [[e for (s, _), e in gradient_error.items() if s == stage] for stage in devices]
-        per_gpu["gradient error, mean"] = [f"{statistics.fmean(e):.1%}" for e in errors]
-        per_gpu["gradient error, worst"] = [f"{worst(e):.1%}" for e in errors]
-    cell_width = 1 + max(len(str(cell)) for row in per_gpu.values() for cell in row)
-    first, hidden, last = shorten(devices, max(2, (width - 28 - 4) // cell_width))
-    for name, row in per_gpu.items():
-        cells = [str(row[device]).rjust(cell_width) for device in (*first, *last)]
-        cells.insert(len(first), " ..." * bool(hidden))
-        per_gpu[name] = f"{name:<28}" + "".join(cells)
+    time, one_by_one = makespan(events), makespan(runs["naive"][1])
+    stages = range(len(run.peak_versions))
+    busy = [sum(e.end - e.start for e in events if e.device == d) / time for d in stages]
     lines = [
         f"Makespan: {time:.10g} time units (naive, one microbatch at a time: {one_by_one:.10g})",
         f"GPU utilization: {utilization(events):.1%}, bubble (idle): {1 - utilization(events):.1%}",
         f"Speed-up over naive: {one_by_one / time:.2f}x",
-        *per_gpu.values(),
-        f"Test accuracy: {run.test_accuracy:.1%} of the digits that it was not trained on",
+        f"Busy, GPU by GPU: {format_per_gpu([f'{part:.0%}' for part in busy], 12)}",
+        f"Weight versions in memory at once, counted: {format_per_gpu(run.peak_versions, 12)}",
     ]
-    if gradient_error:
+    if audit.error:
+        of_stages = [[e for (s, _), e in audit.error.items() if s == stage] for stage in stages]
+        for name, measure in (("mean", np.mean), ("worst", np.max)):
+            values = [f"{measure(errors):.1%}" for errors in of_stages]
+            lines.append(f"Gradient error, {name}: {format_per_gpu(values, 8)}")
         lines.append(GRADIENT_ERROR)
-    if not all(map(math.isfinite, run.losses)):
-        lines.append("The loss left all bounds: try a smaller learning_rate, or less staleness")
-    elif run.losses[-1] > run.losses[0]:
-        lines.append("The loss grew: try a smaller learning_rate, or less staleness")
+    lines.append(f"Test accuracy: {run.test_accuracy:.1%} of the digits that it was not trained on")
+    if not run.losses[-1] < 10 * run.losses[0]:  # true of nan, too
+        lines.append("The loss diverged: try a smaller learning_rate, or less staleness")
     return "\n".join(lines)
 
 
 GRADIENT_ERROR = """\
-   Gradient error: |gradient - true| / |true|, true being backpropagation on the
-   weights that the forward read. Where an update comes in between, here or on a
-   later stage, the backward reads other weights: its result is no gradient of the
-   loss, neither at the old weights nor at the new. With weight stashing it is 0."""
+   |gradient - true| / |true|; true is backpropagation on the weights that the
+   forward read. It is wrong wherever an update came between forward and backward,
+   here or on a later stage. With weight stashing the error is 0."""
+SUMMARY = ["time", "speed-up", "busy", "in flight", "versions"]
 
 
-def format_comparison(config: dict) -> str:
-    """All schedules at this CONFIG, a line each, from their rows and their simulated times."""
-    default = {"weight_stashing": True, "vertical_sync": False}
-    variants = [(name, {"schedule": name, **default}) for name in SCHEDULES]
-    variants += [
-        ("  vertical sync", {"schedule": "pipedream", **default, "vertical_sync": True}),
-        ("  no stashing", {"schedule": "pipedream", **default, "weight_stashing": False}),
+def summarize(schedule: Schedule, events: list[Event], naive: list[Event]) -> list[str]:
+    """Cells of a table: speed-up over naive; in flight and versions at the peak of each GPU."""
+    return [
+        f"{makespan(events):.7g}",
+        f"{makespan(naive) / makespan(events):.2f}x",
+        f"{utilization(events):.1%}",
+        format_per_gpu(peak_in_flight(schedule)),
+        format_per_gpu(peak_versions(schedule)),
     ]
-    columns = "  schedule|time|speed-up|busy|in flight|versions|stale|F/B differ"
-    table = [columns.split("|")]
-    naive_time = None
-    num_backwards = config["num_stages"] * config["num_microbatches"] * config["num_batches"]
-    legend = COMPARISON_LEGEND.format(num_backwards=num_backwards)
-    for name, settings in variants:
-        schedule = build_schedule({**config, **settings})
-        events = simulate(schedule, config)
-        naive_time = naive_time or makespan(events)  # naive is the first
+
+
+def format_comparison(config: dict, runs: Runs) -> str:
+    """All schedules at this CONFIG, one line each, from their rows and their simulated times."""
+    table = [["  schedule", *SUMMARY, "stale", "differ"]]
+    for name, settings in variants(SCHEDULES).items():
+        schedule, events = runs[name]
         keys = settings if config["schedule"] == "pipedream" else ["schedule"]  # a flush: no switch
         this_run = all(config[key] == settings[key] for key in keys)
-        table.append(
-            [
-                ("* " if this_run else "  ") + name,
-                f"{makespan(events):.10g}",
-                f"{naive_time / makespan(events):.2f}x",
-                f"{utilization(events):.1%}",
-                str(max(peak_in_flight(schedule))),
-                str(max(peak_versions(schedule))),
-                str(max(staleness(schedule, config["num_microbatches"]))),
-                str(len(mismatches(schedule))),
-            ]
-        )
-    return "\n".join([*format_table(table, gap=2), legend])
+        stale = format_per_gpu(staleness(schedule, config["num_microbatches"]))
+        cells = summarize(schedule, events, runs["naive"][1])
+        mark = "* " if this_run else "  "
+        table.append([mark + name, *cells, stale, str(len(mismatches(schedule)))])
+    return "\n".join([*format_table(table), COMPARISON_LEGEND])
 
 
 COMPARISON_LEGEND = """\
-   * this run. busy: utilization. in flight, versions: peak of the fullest GPU.
-   stale: updates missed. F/B differ: of the {num_backwards} backwards, those that
+   * this run. busy: utilization. From GPU0 to the last, at its peak: microbatches
+   in flight, weight versions kept, updates missed (stale). differ: backwards that
    read other weights than their forward did."""
 
 
-# ---------------------------------------------------------------------------------- bad input
+def format_next_steps(config: dict) -> str:
+    """What to try next, on top of the flags of this run."""
+    own = {key: value for key, value in config.items() if value != CONFIG[key]}
+    lines = ["💡 WHAT TO TRY NEXT: python pipedream_simple.py with"]
+    for settings, why in (
+        ({"num_microbatches": 2 * config["num_microbatches"]}, "a fuller pipeline"),
+        ({"num_stages": 2 * config["num_stages"]}, "a deeper one"),
+        ({"schedule": "gpipe"}, "what a flush costs"),
+        ({"schedule": "pipedream"}, "no flush"),
+        ({"num_microbatches": 1, "weight_stashing": False}, "what stashing is for"),
+        ({"num_batches": 200, "verbose": False}, "how well it learns"),
+    ):
+        flags = " ".join(f"--{key} {value}" for key, value in {**own, **settings}.items())
+        flags = re.sub(r"[\[\]]|(?<=,) ", "", flags)  # a list as 1,1,2,1
+        with contextlib.suppress(UserError):
+            check_config({**config, **settings})
+            if settings.items() - config.items():
+                lines.append(f"   {flags:<44}  {why}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------- checks
 
 
 class UserError(ValueError):
-    """Something that the reader can put right: told in one line, without a traceback."""
+    """Something that the reader can correct: one line, without a traceback."""
 
 
-def is_number(value) -> bool:
-    """An int or float up to 1e30; no bool, which is an int to Python and none to a reader."""
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_real and -1e30 <= value <= 1e30
-
-
-def is_whole(value, least: int, most: int) -> bool:
-    """An int from least to most."""
-    return is_number(value) and isinstance(value, int) and least <= value <= most
-
-
-def is_time(value, zero_allowed: bool = False) -> bool:
-    """A number above 0 (and not so large that a sum of them is none), or a list of such."""
-    times = value if isinstance(value, list) else [value]
-    return all(is_number(t) and (0 < t <= 1e12 or (zero_allowed and t == 0)) for t in times)
-
-
-COUNT = (lambda value: is_whole(value, 1, 10**9), "must be a whole number, 1 to 1,000,000,000")
-TIME = (is_time, "must be a number greater than 0, up to 1e12, or a list of such, one a stage")
-SWITCH = (lambda value: isinstance(value, bool), "must be True or False")
-RULES = {  # key -> (does a value keep the rule?, the rule)
-    "num_stages": COUNT,
-    "num_microbatches": COUNT,
-    "layers_per_stage": COUNT,
-    "hidden_size": COUNT,
-    "batch_size": COUNT,
-    "num_batches": COUNT,
-    "learning_rate": (
-        lambda value: is_number(value) and value > 0,
-        "must be a number greater than 0, up to 1e30",
-    ),
-    "seed": (lambda value: is_whole(value, 0, 2**63 - 1), "must be a whole number, 0 to 2**63 - 1"),
-    "device": (lambda value: isinstance(value, str), "must be auto, cpu, cuda or cuda:N"),
-    "schedule": (lambda value: isinstance(value, str), "must be the name of a schedule"),
-    "weight_stashing": SWITCH,
-    "vertical_sync": SWITCH,
-    "forward_time": TIME,
-    "backward_time": TIME,
-    "comm_time": (
-        lambda value: is_time(value, zero_allowed=True),
-        "must be a number, 0 to 1e12, or a list of such, one a stage",
-    ),
-    "verbose": SWITCH,
+COUNT, TIME, SWITCH = (int, 1, 10_000_000), (list, 1e-9, 1e12), (bool,)
+RULES: dict[str, tuple] = {  # key -> (type, least, most); a list is one number, or one per stage
+    **dict.fromkeys(("num_stages", "num_microbatches", "layers_per_stage", "hidden_size"), COUNT),
+    **dict.fromkeys(("batch_size", "num_batches"), COUNT),
+    "learning_rate": (float, 1e-30, 1e30),
+    "seed": (int, 0, 2**63 - 1),
+    **dict.fromkeys(("device", "schedule"), (str,)),
+    **dict.fromkeys(("weight_stashing", "vertical_sync", "verbose"), SWITCH),
+    **dict.fromkeys(("forward_time", "backward_time"), TIME),
+    "comm_time": (list, 0, 1e12),
+}
+LIMITS = {  # what one run may hold
+    "num_stages * num_microbatches * num_batches": 500_000,
+    "batch_size * num_batches": 10_000_000,
+    "num_stages * layers_per_stage": 10_000,
+    "num_stages * layers_per_stage * hidden_size * hidden_size": 500_000_000,
+}
+MOST_UNEQUAL = 1e5  # times that differ by more leave the short ones no row of the timeline
+SENTENCES = {
+    int: "a whole number from {:,} to {:,}",
+    float: "a number from {:g} to {:g}",
+    list: "a number from {:g} to {:g}, or a list of them, one per stage",
+    bool: "True or False",
+    str: "text",
 }
 
 
-MAX_LAYERS, MAX_FORWARDS, MAX_IMAGES = 10_000, 500_000, 10_000_000  # that one run may hold
+def check_value(key: str, value: object, rule: tuple) -> None:
+    """Raise a UserError unless the value keeps its rule. Numbers of NumPy are numbers."""
+    kind, *limits = rule
+    wanted = {int: numbers.Integral, float: numbers.Real, list: numbers.Real}.get(kind, kind)
+    for item in value if kind is list and isinstance(value, list) else [value]:
+        good = isinstance(item, wanted) and isinstance(item, bool) == (kind is bool)
+        if not good or (limits and not limits[0] <= item <= limits[1]):
+            sentence = SENTENCES[kind].format(*limits)
+            raise UserError(f"{key}={shown(value)} must be {sentence}")
 
 
-def check_config(config: dict) -> None:
+def shown(value: object) -> str:
+    """The value as Python writes it, cut off where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def per_stage(config: dict, key: str) -> list[float]:
+    """A time for each stage, from one for all or a list. UserError for a time that cannot be."""
+    times, num_stages = config[key], config["num_stages"]
+    check_value(key, times, RULES[key])
+    if isinstance(times, list) and len(times) != num_stages:
+        raise UserError(f"{key}={shown(times)} must have num_stages={num_stages} entries")
+    return times if isinstance(times, list) else [times] * num_stages
+
+
+def check_config(config: dict, schedules: Iterable[str] = (), rules: dict | None = None) -> None:
     """Raise a UserError (a ValueError) of one sentence for the first wrong thing in config."""
+    rules, schedules = rules or RULES, [*SCHEDULES, *schedules]
+    if not isinstance(config, dict):
+        raise UserError(f"CONFIG={shown(config)} must be a dict")
     for key in config:
-        if key not in RULES:
-            raise UserError(f"unknown key {key!r} in CONFIG{nearest(key, RULES)}")
-    for key, (keeps, rule) in RULES.items():
+        if key not in rules:
+            raise UserError(f"unknown key {shown(key)} in CONFIG{nearest(key, rules)}")
+    for key, rule in rules.items():
         if key not in config:
             raise UserError(f"CONFIG has no {key!r}: every key needs a value")
-        if not keeps(config[key]):
-            raise UserError(f"{key}={config[key]!r} {rule}")
+        check_value(key, config[key], rule)
     check_device(config["device"])
-    if config["schedule"] not in SCHEDULES:
-        raise UserError(f"schedule={config['schedule']!r} must be one of {', '.join(SCHEDULES)}")
-
-    num_stages, num_microbatches = config["num_stages"], config["num_microbatches"]
-    num_batches, batch_size = config["num_batches"], config["batch_size"]
-    for key in ("forward_time", "backward_time", "comm_time"):
-        if isinstance(config[key], list) and len(config[key]) != num_stages:
-            raise UserError(f"{key}={config[key]!r} must have num_stages={num_stages} entries")
+    if config["schedule"] not in schedules:
+        choices = ", ".join(schedules)
+        raise UserError(f"schedule={shown(config['schedule'])} must be one of {choices}")
+    times = [per_stage(config, key) for key in ("forward_time", "backward_time", "comm_time")]
+    if max(map(max, times)) > MOST_UNEQUAL * min(map(min, times[:2])):
+        what = "forward_time, backward_time and comm_time differ too much"
+        raise UserError(f"{what}: the longest may be {MOST_UNEQUAL:,.0f} times the shortest")
     if config["vertical_sync"] and not config["weight_stashing"]:
         raise UserError("vertical_sync=True needs weight_stashing=True: it reads stashed versions")
-    for what, count, most in (
-        ("num_stages * num_microbatches", num_stages * num_microbatches, MAX_FORWARDS),
-        ("batch_size", batch_size, MAX_IMAGES),
-    ):
-        if count * num_batches > most:
-            raise UserError(
-                f"{what} * num_batches is {count * num_batches:,}: at most {most:,} fit"
-            )
-    num_layers = num_stages * config["layers_per_stage"]
-    if num_layers > MAX_LAYERS:
-        rule = f"at most {MAX_LAYERS:,} fit"
-        raise UserError(f"num_stages * layers_per_stage is {num_layers:,}: {rule}")
+    for product, most in LIMITS.items():
+        number = math.prod(config[key] for key in product.split(" * "))
+        if number > most:
+            raise UserError(f"{product} is {number:,}: at most {most:,} fit")
+    batch_size, num_microbatches = config["batch_size"], config["num_microbatches"]
     if batch_size % num_microbatches:
-        *most, last = (str(d) for d in range(1, batch_size + 1) if batch_size % d == 0)
-        choices = f"{', '.join(most)} or {last}" if most else last
+        fitting = [str(d) for d in range(1, batch_size + 1) if batch_size % d == 0]
+        choices = ", ".join(fitting[:-1]) + " or " * (batch_size > 1) + fitting[-1]
         raise UserError(
             f"batch_size={batch_size} cannot be split evenly into num_microbatches="
             f"{num_microbatches}: try {choices}"
@@ -1149,122 +1115,122 @@ def check_config(config: dict) -> None:
 
 def check_device(name: str) -> None:
     """Raise a UserError unless this machine has that device."""
-    if name in ("auto", "cpu"):
-        return
-    if not re.fullmatch(r"cuda(:\d{1,3})?", name):
-        raise UserError(f"device={name!r} must be auto, cpu, cuda or cuda:N")
-    num_gpus = torch.cuda.device_count()
-    if int(name.partition(":")[2] or 0) >= num_gpus:
-        raise UserError(f"device={name!r}: torch finds {num_gpus} CUDA GPUs here, try cpu")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name):
+        raise UserError(f"device={shown(name)} must be auto, cpu, cuda, cuda:N or mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device='mps': torch finds no Apple GPU here, try cpu")
+    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
+        gpus = count(torch.cuda.device_count(), "CUDA GPU")
+        raise UserError(f"device={name!r}: torch finds {gpus} here, try cpu")
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def nearest(word: object, words: Iterable[str]) -> str:
     """A question that names the word most like this one; nothing where none is like it."""
-    close = difflib.get_close_matches(str(word), words, n=1)
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.75)
     return f": did you mean {close[0]}?" if close else ""
 
 
 # --------------------------------------------------------------------------------------- main
 
-NEXT_STEPS = """\
-   --num_microbatches 8                          a fuller pipeline
-   --num_stages 8                                a deeper one
-   --schedule gpipe                              what a flush costs
-   --num_microbatches 1 --weight_stashing False  what stashing is for
-   --num_batches 200 --verbose False             how well it learns"""
+
+def parse_value(text: str) -> object:
+    """What Python would read: 4, 0.5, True, 1,2,1,1 (a list); everything else stays text."""
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text.strip()))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+    return list(value) if isinstance(value, tuple) else value
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with a flag for every CONFIG key; --help shows the comments beside them."""
+def parse_config(
+    doc: str | None,
+    argv: list[str] | None = None,
+    config: dict = CONFIG,
+    check: Callable[[dict], None] = check_config,
+    other: dict[str, dict] | None = None,
+) -> tuple[dict, dict]:
+    """config with the flags of the command line on top, checked; and what other flags said.
+
+    other: name of a flag or an argument -> what argparse's add_argument wants to know of it.
+    """
     source = Path(__file__).read_text("utf-8", "replace")
-    comments = dict(re.findall(r'^    "(\w+)": .*?  # (.*)$', source, re.M))
+    block = source[source.index("\nCONFIG = {") : source.index("\n}\n")]
     parser = argparse.ArgumentParser(
-        description=description,
+        description=doc,
+        epilog=f"Every key of CONFIG is also a flag: --num_stages 8.\n{block}\n}}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for key in RULES:
-        help = f"{comments.get(key, '')} (now {CONFIG.get(key)})".replace("%", "%%")
-        only_true = {"nargs": "?", "const": True} if RULES[key] is SWITCH else {}
-        names = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])
-        parser.add_argument(*names, type=parse_value, metavar="X", help=help, **only_true)
+    for key in config:
+        parser.add_argument(f"--{key}", type=parse_value, metavar="X", help=argparse.SUPPRESS)
+    for name, details in (other or {}).items():
+        parser.add_argument(name, **details)
 
     def fail(message: str) -> NoReturn:
-        raise UserError(message.replace("\n", " "))
+        hint = ": write --key=value if it begins with -" if "expected one arg" in message else ""
+        raise UserError(message + hint)
 
-    parser.error = fail
-    return parser
-
-
-def parse_value(text: str) -> int | float | bool | str | list:
-    """What Python would read: 4, 0.5, True, 1,2,1,1 (a list); everything else stays text."""
-    if "," in text or text.startswith("["):
-        return [parse_value(part) for part in text.strip("[] ").split(",")]
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            pass
-    return {"true": True, "false": False}.get(text.strip().lower(), text)
-
-
-def parse_config(
-    parser: argparse.ArgumentParser,
-    argv: list[str] | None = None,
-    check: Callable[[dict], None] = check_config,
-) -> tuple[dict, dict]:
-    """CONFIG with the flags of the command line on top, checked; and what other flags said."""
+    parser.error = fail  # type: ignore[method-assign]
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        hint = nearest(flag, [f"--{key}" for key in RULES]) or ", --help lists them"
-        raise UserError(f"unknown flag {flag!r}{hint}")
-    config = CONFIG | {key: value for key, value in vars(given).items() if key in RULES}
+        hint = nearest(flag, [f"--{key}" for key in config]) or ", --help lists them"
+        raise UserError(f"unknown flag {shown(flag)}{hint}")
+    flags = vars(given)
+    config = {key: flags.pop(key, value) for key, value in config.items()}
     check(config)
-    return config, {key: value for key, value in vars(given).items() if key not in RULES}
+    return config, flags
 
 
 def main() -> None:
-    config, _ = parse_config(make_parser(__doc__))
+    config, _ = parse_config(__doc__)
     verbose, num_batches = config["verbose"], config["num_batches"]
-    width = shutil.get_terminal_size((100, 24)).columns
-    schedule = build_schedule(config)
-    events = simulate(schedule, config)
+    events = simulate(build_schedule(config), config)
+    runs: Runs = {}
+    for name, settings in variants(SCHEDULES).items():
+        schedule = build_schedule({**config, **settings})
+        runs[name] = schedule, simulate(schedule, config)
     unstashed = config["schedule"] == "pipedream" and not config["weight_stashing"]
-    audit = GradientAudit(config) if unstashed else None
-    gradient_error = audit.error if audit else {}
-    shown = batches_shown(num_batches)
+    audit = Audit(config, gradients=unstashed)
 
-    def on_batch(batch: int, run: Run) -> None:
-        if not verbose and batch in shown:
-            print(format_loss(batch, run), flush=True)
-        if verbose and (batch < 5 or batch == num_batches - 1):
-            print(
-                "\n" + format_batch(batch, run, config, events, gradient_error, width), flush=True
-            )
-        if verbose and batch == 5 < num_batches - 1:
-            print(f"\n... batches 6 to {num_batches - 1} go the same way ...", flush=True)
+    def watch(op: Op, worker: Worker) -> None:
+        audit(op, worker)
+        batch = op.version
+        if op.kind != "U" or min(audit.newest) <= batch:
+            return  # no batch is complete
+        if not verbose and batch in batches_shown(num_batches):
+            print(format_loss(batch, audit.losses), flush=True)
+        if verbose and batch in (0, 1, num_batches - 1):
+            print("\n" + format_batch(batch, audit, config, events), flush=True)
+        elif verbose and batch == 2:
+            last = f"es 3 to {num_batches - 1}" if num_batches > 4 else " 3"
+            print(f"\n... batch{last} the same way ...", flush=True)
 
-    print(format_banner(config) + "\n", flush=True)
+    print(format_banner(config, runs) + "\n", flush=True)
     if verbose:
+        width = shutil.get_terminal_size((100, 24)).columns
         print("📊 PIPELINE TIMELINE VISUALIZATION\n" + format_timeline(events, width), flush=True)
-    run = train(config, on_batch=on_batch, watch=audit)
+    run = train(config, watch=watch, events=events)
     if verbose:
-        print(f"\nTraining results ({num_batches} batches):")
-        print("\n".join(f"- {format_loss(batch, run)}" for batch in shown))
+        print(f"\nTraining results ({count(num_batches, 'batch')}):")
+        print("\n".join(f"- {format_loss(b, run.losses)}" for b in batches_shown(num_batches)))
     print("\n📊 WHAT THE SIMULATION MEASURED")
-    print(format_measures(config, schedule, events, run, gradient_error, width))
+    print(format_measures(events, runs, run, audit))
     print("\n📊 ALL SCHEDULES AT THIS CONFIG")
-    print(format_comparison(config))
-    print("\n💡 WHAT TO TRY NEXT: python pipedream_simple.py with\n" + NEXT_STEPS)
+    print(format_comparison(config, runs))
+    print("\n" + format_next_steps(config))
 
 
 def run_main(main: Callable[[], None]) -> int:
-    """Call main; whatever the reader can put right ends in one line on stderr and exit status 2."""
+    """Call main; what the reader can correct ends in one line on stderr and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="plain_text")
+    for number in (signal.SIGINT, signal.SIGTERM):  # temporary files are removed on the way out
+        signal.signal(number, signal.default_int_handler)
+    gc.freeze()  # a long schedule is a million small tuples: search them for cycles less often
+    gc.set_threshold(100_000)
     status = 2
     try:
         main()
@@ -1275,9 +1241,8 @@ def run_main(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         message, status = "stopped", 130
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(
-            "out of memory|DefaultCPUAllocator", str(error)
-        ):
+        out_of_memory = re.search("out of memory|DefaultCPUAllocator", str(error))
+        if not out_of_memory and isinstance(error, RuntimeError):
             raise
         message = "out of memory: try a smaller batch_size or hidden_size, or --device cpu"
     except OSError as error:  # stdout is full, or it is | head, which has seen enough
@@ -1285,13 +1250,14 @@ def run_main(main: Callable[[], None]) -> int:
         if isinstance(error, BrokenPipeError):
             return 0
         message = f"cannot write: {error.strerror}"
-    one_line = " ".join(message.splitlines())
-    print(f"{Path(sys.argv[0]).name}: {one_line}", file=sys.stderr)
+    one_line = " ".join(message.split())
+    print(f"{Path(sys.argv[0]).name}: {one_line}", file=sys.stderr, flush=True)
     return status
 
 
-def plain_text(error: UnicodeEncodeError) -> tuple[str, int]:
+def plain_text(error: UnicodeError) -> tuple[str, int]:
     """For a terminal that cannot show an emoji or an arrow: what to print in its place."""
+    assert isinstance(error, UnicodeEncodeError)
     text = error.object[error.start : error.end]
     return "".join({"→": "->", "←": "<-"}.get(character, "") for character in text), error.end
 

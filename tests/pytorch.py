@@ -1,0 +1,78 @@
+"""PyTorch's own schedules, for comparison. The only file of the tests that uses its private names."""
+
+import types
+
+from torch.distributed.pipelining import schedules as theirs
+
+
+class RecordingStage:
+    """Stands in for a PipelineStage: nothing to send or receive, notes what it is told to run."""
+
+    def __init__(self, stage_index):
+        self.stage_index = stage_index
+        self.ran = []
+
+    def forward_one_chunk(self, microbatch, *args, **kwargs):
+        self.ran.append(("F", microbatch))
+
+    def backward_one_chunk(self, microbatch, **kwargs):
+        self.ran.append(("B", microbatch))
+
+    def nothing(self, *args, **kwargs):
+        return []
+
+    get_fwd_recv_ops = get_fwd_send_ops = get_bwd_recv_ops = get_bwd_send_ops = nothing
+    perform_reduce_grad = nothing
+
+
+def what_pytorch_executes(schedule_class, stage, num_stages, num_microbatches):
+    """The order of forwards and backwards in which PyTorch's engine drives a stage.
+
+    The code that executes (_step_microbatches), not the list that PyTorch prints: in torch 2.13 the
+    printed 1F1B is off by one on the last rank.
+    """
+    engine = object.__new__(schedule_class)
+    engine._n_microbatches, engine._num_stages = num_microbatches, num_stages
+    engine._stage, engine.scale_grads = RecordingStage(stage), False
+    empty = [()] * num_microbatches
+    engine._check_inputs = lambda *args: (empty, [{}] * num_microbatches)
+    for name in ("_initialize_stage", "_maybe_compute_loss", "_maybe_get_loss", "_update_losses"):
+        setattr(engine, name, lambda *args, **kwargs: None)
+    engine._step_microbatches()
+    return engine._stage.ran
+
+
+def rows_of_pytorch(name, devices, microbatches, chunks):
+    """[[action, ...] of each rank] as that class of PyTorch's makes them, idles included."""
+    engine = getattr(theirs, name).__new__(getattr(theirs, name))
+    engine.pp_group_size, engine.n_local_stages = devices, chunks
+    engine._n_microbatches, engine.num_stages = microbatches, devices * chunks
+    engine._num_stages = devices * chunks
+    engine._stages = [types.SimpleNamespace() for _ in range(chunks)]
+    engine.number_of_rounds = max(1, microbatches // devices)
+    engine.microbatches_per_round = microbatches // engine.number_of_rounds
+    actions = {r: engine._calculate_single_rank_operations(r) for r in range(devices)}
+    if name == "ScheduleInterleavedZeroBubble":
+        engine.pipeline_order = actions
+        actions = engine._add_bubbles_to_actions(devices * chunks)
+    return [actions[rank] for rank in range(devices)]
+
+
+def save_as_pytorch_does(rows, path):
+    engine = types.SimpleNamespace(pipeline_order=dict(enumerate(rows)))
+    theirs.PipelineScheduleMulti._dump_csv(engine, str(path))
+
+
+def order_that_pytorch_loads(path, num_devices, num_stages, num_microbatches):
+    """[[str(action), ...] of each rank]: what its runtime would compute after it has read a CSV file.
+
+    It checks the order, and adds the sends and receives.
+    """
+    runtime = theirs._PipelineScheduleRuntime.__new__(theirs._PipelineScheduleRuntime)
+    runtime.pp_group_size, runtime._num_stages = num_devices, num_stages
+    runtime._n_microbatches = num_microbatches
+    runtime._stages, runtime.pipeline_order, runtime.rank = [], {}, 0
+    runtime._defer_pp_recv = False
+    runtime._load_csv(str(path))
+    ranks = [runtime.pipeline_order_with_comms[rank] for rank in range(num_devices)]
+    return [[str(action) for action in row if action.is_compute_op] for row in ranks]
