@@ -1,4 +1,4 @@
-"""PyTorch's own schedules, for comparison. The only file of the tests that uses its private names."""
+"""PyTorch's own schedules. The only file of the tests that uses its private names."""
 
 import types
 
@@ -64,7 +64,7 @@ def save_as_pytorch_does(rows, path):
 
 
 def order_that_pytorch_loads(path, num_devices, num_stages, num_microbatches):
-    """[[str(action), ...] of each rank]: what its runtime would compute after it has read a CSV file.
+    """[[str(action), ...] of each rank] that its runtime would compute after reading a CSV file.
 
     It checks the order, and adds the sends and receives.
     """
