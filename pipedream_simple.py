@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parameters_to_vector
 
 # ------------------------------------------------------------------------------------- CONFIG
 
@@ -631,6 +632,13 @@ def variants(schedules: Iterable[str]) -> dict[str, dict]:
     return named
 
 
+def variant_of(config: dict) -> str:
+    """The name of this config among the variants. After a flush the switches change nothing."""
+    if config["schedule"] != "pipedream" or config["weight_stashing"] > config["vertical_sync"]:
+        return config["schedule"]
+    return "  vertical sync" if config["vertical_sync"] else "  no stashing"
+
+
 @torch.no_grad()
 def accuracy(stages: list[nn.Module], weights: list[Weights], config: dict) -> float:
     """The share of the held-out images, 0 to 1, that the network gets right; nan if it diverged."""
@@ -700,8 +708,8 @@ class Audit:
             self.true_output[microbatch], self.copies[stage, microbatch] = output, [*copy.values()]
         elif kind in ("B", "W"):
             copies, output = self.copies.pop((stage, microbatch)), self.true_output[microbatch]
-            true = flat(torch.autograd.grad(output, copies, retain_graph=True))
-            summed = flat(worker.gradient.values())
+            true = parameters_to_vector(torch.autograd.grad(output, copies, retain_graph=True))
+            summed = parameters_to_vector(worker.gradient.values())
             wrong = summed - self.summed.get(stage, 0) - true
             self.error[stage, microbatch] = (wrong.norm() / true.norm()).item()
             self.summed[stage] = summed
@@ -709,11 +717,6 @@ class Audit:
                 del self.true_output[microbatch]
         elif kind == "U":
             del self.summed[stage]
-
-
-def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All of them as one vector."""
-    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def leaves_of(output: Tensor) -> list[Tensor]:
@@ -810,8 +813,8 @@ def format_timeline(events: list[Event], width: int = 100, max_rows: int = 60) -
         busy = len(running[row]) == num_devices
         lines[line] = lines[line] + ALL_BUSY if busy else lines[line].rstrip()
     if folded:
-        span = f"t{times[folded.start]:.12g} to t{times[folded.stop] - 1:.12g}"
-        again = f"... {span}: again the {count(period, 'row')} above, on later microbatches"
+        span = f"t{times[folded.start]:.12g} to t{times[folded.stop - 1]:.12g}"
+        again = f"... {span}: the {count(period, 'row')} above again, on later microbatches"
         lines.insert(shown.index(folded.start - 1) + 1, again)
     if len(widths) <= num_devices:
         head += f" (+{count(num_devices + 1 - len(widths), 'GPU')})"
@@ -840,12 +843,12 @@ def repeating(looks: list) -> tuple[range, int]:
 def schedule_name(config: dict) -> tuple[str, str]:
     """How people write the schedule's name, and what it does about weight versions."""
     names = {"naive": "Naive", "gpipe": "GPipe", "1f1b": "1F1B", "pipedream": "PipeDream"}
-    name = names.get(config["schedule"], config["schedule"])
-    if config["schedule"] != "pipedream":
-        return name, "a flush before every update, so one weight version is enough"
-    if config["vertical_sync"]:
-        return name, "weight stashing with vertical sync"
-    return name, "weight stashing" if config["weight_stashing"] else "NO weight stashing"
+    keeps = {
+        "pipedream": "weight stashing",
+        "  vertical sync": "weight stashing with vertical sync",
+        "  no stashing": "NO weight stashing",
+    }.get(variant_of(config), "a flush before every update, so one weight version is enough")
+    return names.get(config["schedule"], config["schedule"]), keeps
 
 
 Runs = dict[str, tuple[Schedule, list[Event]]]  # by the names of variants()
@@ -891,17 +894,21 @@ def format_versions(versions: list[int]) -> str:
 def format_batch(batch: int, audit: Audit, config: dict, events: list[Event]) -> str:
     """What happened to one batch: versions read, loss, updates in order of (simulated) time."""
     num_microbatches, stages = config["num_microbatches"], range(config["num_stages"])
-    rows: dict[tuple, list[int]] = {}  # cells -> the microbatches that share them
-    for m in range(batch * num_microbatches, (batch + 1) * num_microbatches):
+
+    def cells_of(m: int) -> list[str]:
         versions = [[audit.read[s, kind, m] for s in stages] for kind in "FB"]
-        versions += [[audit.newest_then[s, m] for s in stages]]
-        cells = [format_versions(of_stages) for of_stages in versions]
-        if audit.error:
-            cells.append(f"{np.max([audit.error[s, m] for s in stages]):.1%} off")
-        rows.setdefault(tuple(cells), []).append(m)
-    heads = ["", "forward read", "backward read", "newest at backward", "gradient"]
-    names = [f"MB{ms[0]}" + f" to {ms[-1]}" * (len(ms) > 1) for ms in rows.values()]
-    table = [[name, *cells] for name, cells in zip(names, rows, strict=True)]
+        cells = map(format_versions, [*versions, [audit.newest_then[s, m] for s in stages]])
+        error = np.max([audit.error.get((s, m), 0) for s in stages])
+        return [*cells, f"{error:.1%} off"][: 4 if audit.error else 3]
+
+    table = [["", "forward read", "backward read", "newest at backward", "gradient"]]
+    microbatches = range(batch * num_microbatches, (batch + 1) * num_microbatches)
+    for cells, same in itertools.groupby(microbatches, cells_of):
+        first, *more = same
+        table.append([f"MB{first} to {more[-1]}" if more else f"MB{first}", *cells])
+    table[0] = table[0][: len(table[1])]
+    forward_read = {row[1] for row in table[1:]}
+    read = forward_read.pop() if len(forward_read) == 1 else "the versions above"
     loss = f"Average loss across {count(num_microbatches, 'microbatch')}: {audit.losses[batch]:.4f}"
     updates = [event for event in events if event.op.kind == "U" and event.op.version == batch]
     then = f"v{batch} → v{batch + 1}"
@@ -913,8 +920,8 @@ def format_batch(batch: int, audit: Audit, config: dict, events: list[Event]) ->
     return "\n".join(
         [
             f"BATCH {batch + 1}/{config['num_batches']}  (weight versions, stage 0 first)",
-            *shorten(format_table([heads[: len(table[0])], *table], gap=3), 16, "rows"),
-            f"{loss}, read on " + " or ".join(dict.fromkeys(cells[0] for cells in rows)),
+            *shorten(format_table(table, gap=3), 16, "rows"),
+            f"{loss}, read on {read}",
             *shorten(changes, 8, "stages"),
             f"\n✅ Batch complete! {done}",
         ]
@@ -956,9 +963,9 @@ def format_measures(events: list[Event], runs: Runs, run: Run, audit: Audit) -> 
 
 
 GRADIENT_ERROR = """\
-   |gradient - true| / |true|; true is backpropagation on the weights that the
-   forward read. It is wrong wherever an update came between forward and backward,
-   here or on a later stage. With weight stashing the error is 0."""
+   |gradient - true| / |true|, true being backpropagation on the weights that
+   the forward read. An update between forward and backward, on this stage or a
+   later one, makes it wrong. With weight stashing the error is 0."""
 SUMMARY = ["time", "speed-up", "busy", "in flight", "versions"]
 
 
@@ -976,41 +983,37 @@ def summarize(schedule: Schedule, events: list[Event], naive: list[Event]) -> li
 def format_comparison(config: dict, runs: Runs) -> str:
     """All schedules at this CONFIG, one line each, from their rows and their simulated times."""
     table = [["  schedule", *SUMMARY, "stale", "differ"]]
-    for name, settings in variants(SCHEDULES).items():
-        schedule, events = runs[name]
-        keys = settings if config["schedule"] == "pipedream" else ["schedule"]  # a flush: no switch
-        this_run = all(config[key] == settings[key] for key in keys)
-        stale = format_per_gpu(staleness(schedule, config["num_microbatches"]))
+    for name, (schedule, events) in runs.items():
         cells = summarize(schedule, events, runs["naive"][1])
-        mark = "* " if this_run else "  "
+        stale = format_per_gpu(staleness(schedule, config["num_microbatches"]))
+        mark = "* " if name == variant_of(config) else "  "
         table.append([mark + name, *cells, stale, str(len(mismatches(schedule)))])
     return "\n".join([*format_table(table), COMPARISON_LEGEND])
 
 
 COMPARISON_LEGEND = """\
-   * this run. busy: utilization. From GPU0 to the last, at its peak: microbatches
-   in flight, weight versions kept, updates missed (stale). differ: backwards that
+   * this run. busy: utilization. GPU by GPU, at the peak: microbatches in
+   flight, weight versions kept, updates missed (stale). differ: backwards that
    read other weights than their forward did."""
 
 
 def format_next_steps(config: dict) -> str:
-    """What to try next, on top of the flags of this run."""
-    own = {key: value for key, value in config.items() if value != CONFIG[key]}
-    lines = ["💡 WHAT TO TRY NEXT: python pipedream_simple.py with"]
+    """What to try next, beside the settings of this run."""
+    lines = ["💡 WHAT TO TRY NEXT: the same command with"]
     for settings, why in (
         ({"num_microbatches": 2 * config["num_microbatches"]}, "a fuller pipeline"),
         ({"num_stages": 2 * config["num_stages"]}, "a deeper one"),
         ({"schedule": "gpipe"}, "what a flush costs"),
-        ({"schedule": "pipedream"}, "no flush"),
-        ({"num_microbatches": 1, "weight_stashing": False}, "what stashing is for"),
+        ({"schedule": "pipedream", "num_microbatches": 1}, "the PipeDream of the paper"),
+        ({"schedule": "pipedream", "weight_stashing": False}, "what stashing is for"),
         ({"num_batches": 200, "verbose": False}, "how well it learns"),
     ):
-        flags = " ".join(f"--{key} {value}" for key, value in {**own, **settings}.items())
-        flags = re.sub(r"[\[\]]|(?<=,) ", "", flags)  # a list as 1,1,2,1
+        new = {key: value for key, value in settings.items() if value != config[key]}
         with contextlib.suppress(UserError):
-            check_config({**config, **settings})
-            if settings.items() - config.items():
-                lines.append(f"   {flags:<44}  {why}")
+            check_config({**config, **new})
+            if new:
+                flags = " ".join(f"--{key} {value}" for key, value in new.items())
+                lines.append(f"   {flags:<45} {why}")
     return "\n".join(lines)
 
 
@@ -1186,13 +1189,12 @@ def parse_config(
 def main() -> None:
     config, _ = parse_config(__doc__)
     verbose, num_batches = config["verbose"], config["num_batches"]
-    events = simulate(build_schedule(config), config)
     runs: Runs = {}
     for name, settings in variants(SCHEDULES).items():
         schedule = build_schedule({**config, **settings})
         runs[name] = schedule, simulate(schedule, config)
-    unstashed = config["schedule"] == "pipedream" and not config["weight_stashing"]
-    audit = Audit(config, gradients=unstashed)
+    _, events = runs[variant_of(config)]
+    audit = Audit(config, gradients=variant_of(config) == "  no stashing")
 
     def watch(op: Op, worker: Worker) -> None:
         audit(op, worker)
@@ -1204,8 +1206,7 @@ def main() -> None:
         if verbose and batch in (0, 1, num_batches - 1):
             print("\n" + format_batch(batch, audit, config, events), flush=True)
         elif verbose and batch == 2:
-            last = f"es 3 to {num_batches - 1}" if num_batches > 4 else " 3"
-            print(f"\n... batch{last} the same way ...", flush=True)
+            print(f"\n... until batch {num_batches - 1} the same way ...", flush=True)
 
     print(format_banner(config, runs) + "\n", flush=True)
     if verbose:
