@@ -656,7 +656,7 @@ class Audit:
     tensors, with what was in them by then. With gradients, each gradient is also compared with the
     true one: backpropagation through the network on copies of the weights that the forwards read.
 
-    read           (stage, kind, microbatch) -> version, for F and B
+    read           (stage, kind, microbatch) -> version, for F and B; -1 if it is not kept any more
     newest_then    (stage, microbatch) -> the newest version of the stage when the backward ran
     error          (stage, microbatch) -> |gradient - true| / |true|; 0 with weight stashing
     newest, losses so far, per stage and per batch
@@ -686,7 +686,7 @@ class Audit:
             self.used[stage, microbatch] = leaves & self.version_of[stage].keys()
         if kind in ("F", "B"):
             used = self.used[stage, microbatch]
-            (self.read[op[:3]],) = {self.version_of[stage][tensor] for tensor in used}
+            (self.read[op[:3]],) = {self.version_of[stage].get(tensor, -1) for tensor in used}
         if kind == "B":
             self.newest_then[stage, microbatch] = self.newest[stage]
         if stage == len(self.newest) - 1:

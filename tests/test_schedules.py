@@ -1,6 +1,5 @@
 """The rows of every schedule and the simulator, against PyTorch, closed forms and plain laws."""
 
-import gc
 import itertools
 import math
 from collections import Counter
@@ -8,25 +7,29 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pytorch import what_pytorch_executes
 from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleGPipe
 
 from pipedream_simple import (
     CONFIG,
     SCHEDULES,
     Op,
+    UserError,
     build_schedule,
     makespan,
     memory_held,
     mismatches,
     peak_in_flight,
     peak_versions,
+    pin_versions,
     simulate,
     staleness,
+    train,
     utilization,
 )
 
 FLUSH = ["naive", "gpipe", "1f1b"]
-SIZES = [(s, m, n) for s in (1, 2, 3, 4, 8) for m in (1, 2, 3, 4, 9) for n in (1, 2, 5)]
+SIZES = st.integers(1, 9), st.integers(1, 12), st.integers(1, 6)  # S, M, N
 
 
 def make(schedule, num_stages, num_microbatches, num_batches, **other):
@@ -37,6 +40,7 @@ def make(schedule, num_stages, num_microbatches, num_batches, **other):
         "num_stages": num_stages,
         "num_microbatches": num_microbatches,
         "num_batches": num_batches,
+        "batch_size": num_microbatches,
         **other,
     }
     rows = build_schedule(config)
@@ -46,46 +50,9 @@ def make(schedule, num_stages, num_microbatches, num_batches, **other):
 # ------------------------------------------------------------------------- against PyTorch
 
 
-class RecordingStage:
-    """Stands in for a PipelineStage: nothing to send or receive, notes what it is told to run."""
-
-    def __init__(self, stage_index):
-        self.stage_index = stage_index
-        self.ran = []
-
-    def forward_one_chunk(self, microbatch, *args, **kwargs):
-        self.ran.append(("F", microbatch))
-
-    def backward_one_chunk(self, microbatch, **kwargs):
-        self.ran.append(("B", microbatch))
-
-    def nothing(self, *args, **kwargs):
-        return []
-
-    get_fwd_recv_ops = get_fwd_send_ops = get_bwd_recv_ops = get_bwd_send_ops = nothing
-    perform_reduce_grad = nothing
-
-
-def what_pytorch_executes(schedule_class, stage, num_stages, num_microbatches):
-    """The order of forwards and backwards in which PyTorch's engine drives a stage.
-
-    The code that executes (_step_microbatches), not the list that PyTorch prints: in torch 2.13 the
-    printed 1F1B is off by one on the last rank.
-    """
-    engine = object.__new__(schedule_class)
-    engine._n_microbatches, engine._num_stages = num_microbatches, num_stages
-    engine._stage, engine.scale_grads = RecordingStage(stage), False
-    empty = [()] * num_microbatches
-    engine._check_inputs = lambda *args: (empty, [{}] * num_microbatches)
-    for name in ("_initialize_stage", "_maybe_compute_loss", "_maybe_get_loss", "_update_losses"):
-        setattr(engine, name, lambda *args, **kwargs: None)
-    engine._step_microbatches()
-    return engine._stage.ran
-
-
 @pytest.mark.parametrize(("name", "theirs"), [("gpipe", ScheduleGPipe), ("1f1b", Schedule1F1B)])
 def test_rows_are_in_the_order_that_pytorch_executes(name, theirs):
-    for num_stages, num_microbatches, _ in SIZES:
+    for num_stages, num_microbatches in itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 4, 9)):
         _, rows, _ = make(name, num_stages, num_microbatches, 1)
         for stage, row in enumerate(rows):
             ours = [(op.kind, op.microbatch) for op in row if op.kind != "U"]
@@ -95,9 +62,10 @@ def test_rows_are_in_the_order_that_pytorch_executes(name, theirs):
 # -------------------------------------------------------------------- against closed forms
 
 
-@pytest.mark.parametrize(("s", "m", "n"), SIZES)
-@pytest.mark.parametrize(("f", "b"), [(1, 1), (1, 2), (3, 0.5)])
-def test_makespan_and_utilization_match_closed_forms(s, m, n, f, b):
+@given(*SIZES, st.sampled_from([(1, 1), (1, 2), (3, 0.5)]))
+@settings(max_examples=200, deadline=None)
+def test_makespan_and_utilization_match_closed_forms(s, m, n, times):
+    f, b = times
     turns = {
         "naive": n * m * s,
         "gpipe": n * (m + s - 1),
@@ -110,12 +78,13 @@ def test_makespan_and_utilization_match_closed_forms(s, m, n, f, b):
         assert utilization(events) == pytest.approx(m * n / expected)
 
 
-def test_the_often_quoted_25_75_90_percent_are_nine_microbatches_in_three_batches():
+def test_25_75_90_percent_are_nine_microbatches_in_three_batches():
     percent = [100 * utilization(make(name, 4, 9, 3)[2]) for name in ("naive", "1f1b", "pipedream")]
     assert percent == pytest.approx([25, 75, 90])
 
 
-@pytest.mark.parametrize(("s", "m", "n"), SIZES)
+@given(*SIZES)
+@settings(max_examples=200, deadline=None)
 def test_peak_microbatches_in_flight_match_closed_forms(s, m, n):
     for name, expected in {
         "naive": [1] * s,
@@ -126,8 +95,8 @@ def test_peak_microbatches_in_flight_match_closed_forms(s, m, n):
         assert peak_in_flight(make(name, s, m, n)[1]) == expected, name
 
 
-@pytest.mark.parametrize("s", [1, 2, 4, 8])
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 9])
+@given(st.integers(1, 9), st.integers(1, 12))
+@settings(max_examples=100, deadline=None)
 def test_versions_and_staleness_match_closed_forms(s, m):
     n = 2 * s + 1  # long enough for the pipeline to reach its steady state
     delays = [math.ceil((s - 1 - stage) / m) for stage in range(s)]
@@ -140,6 +109,29 @@ def test_versions_and_staleness_match_closed_forms(s, m):
     for rows, delay_of in ((stashed, lambda stage: delays[stage]), (synced, lambda _: delays[0])):
         for op in (op for row in rows for op in row if op.kind != "U"):
             assert op.version == max(0, op.microbatch // m - delay_of(op.stage))
+
+
+@given(*SIZES)
+@settings(max_examples=100, deadline=None)
+def test_the_four_schedules_are_one_pattern_with_four_warmups(s, m, n):
+    """Warmup forwards, then F and B in turn, then the backwards owed: written here once for all."""
+
+    def pattern(batch, warmup):
+        forwards, backwards = [("F", i) for i in batch], [("B", i) for i in batch]
+        in_turn = itertools.chain(*zip(forwards[warmup:], backwards, strict=False))
+        return [*forwards[:warmup], *in_turn, *backwards[len(batch) - warmup :]]
+
+    batches = [range(b * m, (b + 1) * m) for b in range(n)]
+    run = [range(m * n)]
+    for stage in range(s):
+        for name, parts, warmup in (
+            ("naive", batches, 0),
+            ("gpipe", batches, m),
+            ("1f1b", batches, min(s - 1 - stage, m)),
+            ("pipedream", run, min(s - 1 - stage, m * n)),
+        ):
+            row = [step[1:] for step in SCHEDULES[name](stage, s, m, n)]
+            assert row == [step for batch in parts for step in pattern(batch, warmup)]
 
 
 def test_versions_alive_are_4_3_2_1_in_the_pipeline_of_the_paper():
@@ -176,7 +168,8 @@ def configs(draw):
         **CONFIG,
         "schedule": draw(st.sampled_from(list(SCHEDULES))),
         "num_stages": num_stages,
-        "num_microbatches": draw(st.integers(1, 7)),
+        "num_microbatches": draw(st.sampled_from([1, 2, 3, 4, 5, 6, 7])),
+        "batch_size": 420,
         "num_batches": draw(st.integers(1, 5)),
         "weight_stashing": stashing,
         "vertical_sync": stashing and draw(st.booleans()),
@@ -284,9 +277,25 @@ def test_rows_that_wait_in_a_circle_are_named():
         simulate(rows, {**CONFIG, "num_stages": 2})
 
 
-def test_a_long_schedule_leaves_the_garbage_collector_as_it_was():
-    for was_on in (True, False):
-        (gc.enable if was_on else gc.disable)()
-        make("1f1b", 2, 2, 1)
-        assert gc.isenabled() == was_on
-    gc.enable()
+def test_a_device_with_several_stages_updates_them_together_after_all_its_backwards():
+    row = [(0, "F", 0), (1, "F", 0), (1, "B", 0), (0, "B", 0), (0, "F", 1), (1, "F", 1)]
+    row += [(1, "I", 1), (1, "W", 1), (0, "B", 1)]
+    ops = pin_versions([row], num_microbatches=1)[0]
+    names = [f"{op}v{op.version}" for op in ops]
+    assert names[:6] == ["0F0v0", "1F0v0", "1B0v0", "0B0v0", "0U0v0", "1U0v0"]
+    assert names[6:] == ["0F1v1", "1F1v1", "1I1v1", "1W1v1", "0B1v1", "0U1v1", "1U1v1"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda steps: [step for step in steps if step[1] == "F"],
+        lambda steps: [*steps, steps[-1]],
+        lambda steps: [*steps[:-1], (0, "B", 99)],
+    ],
+)
+def test_a_schedule_that_does_not_run_every_step_once_is_refused(broken, monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "mine", lambda *sizes: broken([*SCHEDULES["gpipe"](*sizes)]))
+    for call in (build_schedule, train):
+        with pytest.raises(UserError, match="stage 0 must run the F and the B of each microbatch"):
+            call({**CONFIG, "schedule": "mine"})

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections import defaultdict
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from pipedream_simple import (
     CONFIG,
-    GradientAudit,
+    Audit,
+    Worker,
     build_schedule,
     build_stages,
     load_digits,
@@ -86,17 +88,17 @@ def test_without_stashing_the_result_is_none_of_these():
 def test_gradients_are_true_with_stashing_and_wrong_just_where_versions_differ_without(m):
     config = small(num_microbatches=m, num_batches=6)
     for switches in ({}, {"vertical_sync": True}, {"schedule": "1f1b", "weight_stashing": False}):
-        audit = GradientAudit({**config, **switches}, torch.float64)
+        audit = Audit({**config, **switches}, torch.float64, gradients=True)
         train({**config, **switches}, torch.float64, watch=audit)
         assert len(audit.error) == 4 * 6 * m
         assert max(audit.error.values()) < 1e-12
     config["weight_stashing"] = False
-    audit = GradientAudit(config, torch.float64)
-    run = train(config, torch.float64, watch=audit)
+    audit = Audit(config, torch.float64, gradients=True)
+    train(config, torch.float64, watch=audit)
     for (stage, microbatch), error in audit.error.items():
         # wrong if an update came between forward and backward here or at a stage behind
         changed = any(
-            run.versions_read[s, "F", microbatch] != run.versions_read[s, "B", microbatch]
+            audit.read[s, "F", microbatch] != audit.read[s, "B", microbatch]
             for s in range(stage, 4)
         )
         assert error > 1e-6 if changed else error < 1e-12
@@ -134,7 +136,8 @@ def test_the_gradient_without_stashing_is_what_autograd_finds_on_changed_weights
         {"schedule": "gpipe"},
     ],
 )
-def test_versions_alive_are_counted_in_live_tensors_and_equal_the_formula(settings):
+def test_weight_versions_in_memory_are_those_of_the_formula(settings):
+    """Counted in storages that exist, each tensor of each version, version 0 among them."""
     config = small(num_batches=9, **settings)
     delays = [math.ceil((3 - stage) / config["num_microbatches"]) for stage in range(4)]
     if config["schedule"] == "gpipe" or not config["weight_stashing"]:
@@ -142,21 +145,41 @@ def test_versions_alive_are_counted_in_live_tensors_and_equal_the_formula(settin
     elif config["vertical_sync"]:
         delays = delays[:1] * 4
 
-    tensors = [{} for _ in range(4)]  # per stage: id -> weak reference to one tensor of a version
+    storages = defaultdict(weakref.WeakSet)  # (stage, version, name) -> its storage, if it exists
     peak = [0] * 4
 
     def watch(op, worker):
-        for weights in worker.versions.values():
-            tensor = next(iter(weights.values()))
-            tensors[op.stage].setdefault(id(tensor), weakref.ref(tensor))
-        tensors[op.stage] = {i: r for i, r in tensors[op.stage].items() if r() is not None}
-        alive = len(tensors[op.stage])
-        assert alive == len(worker.versions), "somebody else holds on to a version"
-        peak[op.stage] = max(peak[op.stage], alive)
+        for version, weights in worker.versions.items():
+            for name, w in weights.items():
+                storages[op.stage, version, name].add(w.untyped_storage())
+        for name in worker.versions[max(worker.versions)]:
+            alive = {
+                id(x)
+                for (s, _, n), xs in storages.items()
+                if (s, n) == (op.stage, name)
+                for x in xs
+            }
+            assert len(alive) == len({id(ws) for ws in worker.versions.values()}), (op, name)
+            peak[op.stage] = max(peak[op.stage], len(alive))
 
-    run = train(config, watch=watch)
+    class Watched(Worker):
+        """Sees version 0 before anything has run."""
+
+        def __init__(self, module, config):
+            names = [*module.state_dict()]
+            super().__init__(module, config)
+            stage = next(stages)
+            for name in names:
+                storages[stage, 0, name].add(self.versions[0][name].untyped_storage())
+
+    stages = iter(range(4))
+    run = train(config, watch=watch, worker_class=Watched)
     assert peak == run.peak_versions == [delay + 1 for delay in delays]
     assert peak == peak_versions(build_schedule(config))
+    left = {key[:2] for key, xs in storages.items() if len(xs)}
+    kept = 0 if not config["weight_stashing"] else 9  # without stashing all are one storage
+    assert (0, kept) in left
+    assert all(version == 9 for _, version in left) or not config["weight_stashing"]
 
 
 def test_stashing_copies_nothing_and_writes_on_no_version():
@@ -178,37 +201,45 @@ def test_stashing_copies_nothing_and_writes_on_no_version():
     assert len(seen) == 4 * 9
 
 
-def test_forward_and_backward_read_what_the_schedule_says():
-    for switches in ({}, {"vertical_sync": True}, {"weight_stashing": False}):
-        config = small(num_stages=3, num_microbatches=2, num_batches=5, **switches)
-        rows = build_schedule(config)
-        planned = {op[:3]: op.version for row in rows for op in row if op.kind != "U"}
-        run = train(config)
-        assert run.versions_read == planned
-        assert run.newest == [5] * 3
-        for row in rows:
-            updates = 0
-            for op in row:
-                updates += op.kind == "U"
-                if op.kind == "B":
-                    assert run.newest_at_backward[op.stage, op.microbatch] == updates
-        if switches.get("weight_stashing", True):
-            for (stage, kind, microbatch), version in planned.items():
-                assert version == planned[stage, "F", microbatch]
-                if kind == "B":
-                    assert version <= run.newest_at_backward[stage, microbatch]
+@pytest.mark.parametrize("switches", [{}, {"vertical_sync": True}, {"weight_stashing": False}])
+def test_forward_and_backward_use_the_weights_that_the_schedule_names(switches):
+    """The audit knows no schedule: it reads versions off the tensors in the graphs."""
+    config = small(num_stages=3, num_microbatches=2, num_batches=5, **switches)
+    rows, audit = build_schedule(config), Audit(config)
+    run = train(config, watch=audit)
+    assert audit.read == {op[:3]: op.version for row in rows for op in row if op.kind != "U"}
+    assert audit.newest == [5] * 3
+    assert audit.losses == run.losses
+    for row in rows:
+        updates = 0
+        for op in row:
+            updates += op.kind == "U"
+            if op.kind == "B":
+                assert audit.newest_then[op.stage, op.microbatch] == updates
 
 
-def test_a_batch_is_reported_when_every_stage_has_updated_and_in_order():
-    reported = []
+def test_the_audit_notices_a_worker_that_uses_other_weights_than_it_is_told():
+    class Careless(Worker):
+        def forward(self, op, x, labels=None):
+            return super().forward(op._replace(version=max(self.versions)), x, labels)
 
-    def on_batch(batch, run):
-        assert min(run.newest) == batch + 1
-        assert run.losses[batch] > 0
-        reported.append(batch)
+    config = small(num_microbatches=1, vertical_sync=True)
+    audit, rows = Audit(config), build_schedule(config)
+    train(config, watch=audit, worker_class=Careless)
+    planned = {op[:3]: op.version for row in rows for op in row if op.kind != "U"}
+    assert audit.read != planned
 
-    train(small(num_microbatches=1, num_batches=6), on_batch=on_batch)
-    assert reported == list(range(6))
+
+def test_the_loss_of_a_batch_adds_up_while_its_microbatches_run():
+    seen = []
+
+    def watch(op, worker):
+        if op.stage == 3 and op.kind == "F":
+            seen.append(worker.losses[op.microbatch // 4])
+
+    run = train(small(), watch=watch)
+    assert seen[3::4] == run.losses
+    assert all(a < b < c < d for a, b, c, d in zip(*[iter(seen)] * 4, strict=True))
 
 
 # ------------------------------------------------------------------------- model and data
@@ -276,7 +307,7 @@ def test_the_accuracy_is_that_of_the_final_weights_on_images_never_trained_on(se
 def test_the_audit_measures_by_hand_what_it_says():
     """One microbatch between two updates that are made by hand: S=2, M=1, no stashing."""
     config = small(num_stages=2, num_microbatches=1, num_batches=2, weight_stashing=False)
-    audit = GradientAudit(config, torch.float64)
+    audit = Audit(config, torch.float64, gradients=True)
     before = {}  # stage -> weights that the forward of microbatch 1 read
     made = {}  # stage -> gradient of microbatch 1
 
@@ -332,14 +363,8 @@ def test_microbatches_put_together_are_the_batches():
 
 
 # ------------------------------------------------------------------------------- learning
-
-LEARNERS = [
-    ("gpipe", 4, False),
-    ("1f1b", 4, False),
-    ("pipedream", 4, False),
-    ("pipedream", 1, False),
-    ("pipedream", 4, True),
-]
+#
+# That 200 batches of every schedule reach 93 % is in TEST_RESULTS.md, and tested with it.
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -348,28 +373,13 @@ def test_the_default_run_learns_at_once(seed):
     assert losses[4] <= 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 4])
-@pytest.mark.parametrize(("schedule", "num_microbatches", "vertical_sync"), LEARNERS)
-def test_two_hundred_batches_reach_93_percent(
-    num_stages, schedule, num_microbatches, vertical_sync
-):
-    accuracies = [
-        train(
-            {
-                **CONFIG,
-                "schedule": schedule,
-                "num_stages": num_stages,
-                "num_microbatches": num_microbatches,
-                "vertical_sync": vertical_sync,
-                "num_batches": 200,
-                "seed": seed,
-            }
-        ).test_accuracy
-        for seed in (0, 1)
-    ]
-    assert min(accuracies) >= 0.93
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_other_numbers_of_stages_learn_as_well(num_stages):
+    config = {**CONFIG, "num_stages": num_stages, "num_microbatches": 1, "num_batches": 200}
+    assert train(config).test_accuracy >= 0.93
 
 
-def test_four_hundred_batches_reach_95_percent():
-    run = train({**CONFIG, "num_batches": 400})
-    assert run.test_accuracy >= 0.95
+def test_a_network_that_has_diverged_has_no_accuracy():
+    run = train(small(learning_rate=1e30))
+    assert math.isnan(run.test_accuracy)
+    assert repr(run) == "Run(last loss nan, test accuracy nan%)"
