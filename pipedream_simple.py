@@ -1206,7 +1206,7 @@ def main() -> None:
         if verbose and batch in (0, 1, num_batches - 1):
             print("\n" + format_batch(batch, audit, config, events), flush=True)
         elif verbose and batch == 2:
-            print(f"\n... until batch {num_batches - 1} the same way ...", flush=True)
+            print(f"\n... and so on until batch {num_batches - 1} ...", flush=True)
 
     print(format_banner(config, runs) + "\n", flush=True)
     if verbose:

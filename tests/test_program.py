@@ -295,7 +295,7 @@ def test_long_runs_and_long_batches_are_thinned_out_and_say_so(program):
     _, out, _ = program("--num_batches 40 --num_microbatches 16 --num_stages 9")
     assert len(out.splitlines()) < 160
     assert "(1 more stages)" in out
-    assert "until batch 39 the same way" in out
+    assert "and so on until batch 39" in out
     assert "Batch 40: Loss" in out
     flags = "--num_microbatches 32 --num_stages 20 --num_batches 2 --weight_stashing False"
     _, out, _ = program(flags)
