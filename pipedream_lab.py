@@ -1,242 +1,202 @@
 #!/usr/bin/env python3
-"""Beyond the guide: more schedules, files for other tools, an honest clock, measured memory.
+"""Which schedule? More of them, files for other tools, measured times, and memory in bytes.
 
     python pipedream_lab.py compare              every schedule on the same batches, and a picture
-    python pipedream_lab.py export my.csv        the rows of a schedule, as PyTorch reads them
-    python pipedream_lab.py compare --schedule my.csv   a schedule out of such a file, beside ours
+    python pipedream_lab.py export my.csv        write a schedule as PyTorch reads it
+    python pipedream_lab.py compare --schedule my.csv   read one, and compare it with ours
     python pipedream_lab.py profile              how long do the stages take on this device?
     python pipedream_lab.py balance              cut a network so that its slowest stage is fast
     python pipedream_lab.py trace run.json       the simulated run, for Perfetto
 
-CONFIG and its flags are those of pipedream_simple.py; here the schedules are also interleaved and
-zb-h1, or a CSV file, and there is one more key, chunks_per_gpu. COMMAND --help says more.
-
-Read it from top to bottom: CONFIG, schedules, files, plan, then a room for each command.
+CONFIG and its flags are those of pipedream_simple.py. Here the schedule may also be interleaved,
+zb-h1 or a CSV file, and there is one more key, chunks_per_gpu. COMMAND --help says more.
 """
 
-import argparse
 import csv
+import io
 import itertools
 import json
 import math
 import re
 import statistics
 import sys
+import textwrap
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parameters_to_vector
 
 from pipedream_simple import (
-    MAX_FORWARDS,
+    CONFIG,
+    RULES,
     SCHEDULES,
+    SUMMARY,
     Event,
     Op,
     Residual,
-    Row,
     Run,
     Schedule,
+    Step,
     UserError,
+    Weights,
     Worker,
     build_schedule,
     build_stages,
     check_config,
     choose_device,
+    count,
+    format_per_gpu,
     format_table,
-    is_whole,
-    make_batches,
-    make_parser,
-    make_workers,
+    input_of,
     makespan,
     memory_held,
     nearest,
+    one_f_one_b,
     parse_config,
+    peak_versions,
     per_stage,
     pin_versions,
+    result_of,
     run_main,
+    shorten,
+    shown,
     simulate,
     split_batches,
     staleness,
+    summarize,
     train,
     utilization,
-)
-from pipedream_visual import (
-    IDLE,
-    KINDS,
-    LEFT,
-    LINE,
-    RIGHT,
-    add_heading,
-    add_lanes,
-    add_legend,
-    draw_ops,
-    house_style,
-    make_folder,
-    new_picture,
-    plot_width,
-    rounded,
-    save,
+    variants,
 )
 
-# ------------------------------------------------------------------------------------- CONFIG
-
-LAB_CONFIG = {  # besides that of pipedream_simple.py
-    "chunks_per_gpu": 3,  # stages on a GPU, for interleaved: must divide layers_per_stage
-}
+LAB_CONFIG = {**CONFIG, "chunks_per_gpu": 3}  # stages on each GPU, for the interleaved schedule
+LAB_SCHEDULES = ("interleaved", "zb-h1")
+LAB_RULES = {**RULES, "chunks_per_gpu": (int, 1, 1_000_000)}
 
 
 # ---------------------------------------------------------------------------------- schedules
+#
+# Each function lists what one GPU does in one batch. All flush: the update comes after the batch.
 
 
 def interleaved(
-    device: int, num_devices: int, num_microbatches: int, num_batches: int, chunks_per_gpu: int
-) -> Row:
+    device: int, num_devices: int, num_microbatches: int, chunks_per_gpu: int
+) -> Iterator[Step]:
     """1F1B on a network that goes round: device d holds the stages d, d + D, d + 2D ...
 
-    A stage is then only 1 / V of what the GPU holds, and the pipeline fills V times as fast: a
-    batch takes (V * M + D - 1) / V turns, for V times as many messages. M must be a multiple of D.
+    With V chunks per GPU a stage is 1 / V of what the GPU holds, so the pipeline fills V times as
+    fast: a batch takes (V * M + D - 1) / V turns. The price is V times as many messages, and in a
+    long batch (D - 1) / (D * V) more activations than 1F1B. M must be a multiple of D.
     Megatron-LM (Narayanan et al., SC 2021), section 2.2.2.
 
     >>> from pipedream_simple import format_rows
-    >>> print(format_rows(interleaved(device, 2, 2, 1, 2) for device in range(2)))  # D=2, M=2, V=2
+    >>> print(format_rows(interleaved(device, 2, 2, 2) for device in range(2)))  # D=2, M=2, V=2
     GPU0: F0 F1 F0 F1 B0 B1 B0 B1
     GPU1: F0 F1 F0 B0 F1 B1 B0 B1
     """
-    total = num_microbatches * chunks_per_gpu  # forwards of this device in a batch
-    warmup = min((chunks_per_gpu - 1) * num_devices + 2 * (num_devices - 1 - device), total)
 
-    def place(k: int, backward: bool) -> tuple[int, int]:
-        """(stage, microbatch) of the k-th forward or backward: D microbatches a chunk, in turn."""
-        group, within = divmod(k, num_devices)
-        round_of_all, chunk = divmod(group, chunks_per_gpu)
-        if backward:
-            chunk = chunks_per_gpu - 1 - chunk
-        return chunk * num_devices + device, round_of_all * num_devices + within
+    def order(kind: str, chunks: range) -> list[Step]:
+        """D microbatches on the first of these chunks, then on the next one, and so on."""
+        groups, turns = range(0, num_microbatches, num_devices), range(num_devices)
+        places = itertools.product(groups, chunks, turns)
+        return [(chunk * num_devices + device, kind, first + i) for first, chunk, i in places]
 
-    def op(kind: str, k: int, first: int) -> tuple[int, str, int]:
-        stage, m = place(k, backward=kind == "B")
-        return stage, kind, first + m
-
-    for first in range(0, num_microbatches * num_batches, num_microbatches):
-        for k in range(warmup):
-            yield op("F", k, first)
-        for k in range(total - warmup):
-            yield op("F", k + warmup, first)
-            yield op("B", k, first)
-        for k in range(total - warmup, total):
-            yield op("B", k, first)
+    forwards = order("F", range(chunks_per_gpu))
+    backwards = order("B", range(chunks_per_gpu)[::-1])
+    ahead = (chunks_per_gpu - 1) * num_devices + 2 * (num_devices - 1 - device)
+    steady = [*zip(forwards[ahead:], backwards, strict=False)]
+    yield from forwards[:ahead]  # warmup
+    yield from itertools.chain.from_iterable(steady)
+    yield from backwards[len(steady) :]  # cooldown
 
 
-def zb_h1(stage: int, num_stages: int, num_microbatches: int, num_batches: int) -> Row:
-    """1F1B with its backward in halves: I, the gradient of the input, goes out at once; W waits.
+def zb_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Step]:
+    """1F1B with each backward cut in half: I, the gradient of the input, and W, of the weights.
 
-    Only I is needed by others. W, the gradient of the weights, fills time that would be idle: stage
-    s does it s microbatches later. So every stage keeps S microbatches, as many as GPU0 anyway, and
-    about two thirds of the bubble are gone: with f = I = W = 1 a batch takes 3M + S - 1.
+    Other GPUs wait for I only. W fills time that would otherwise be idle: stage s runs it s
+    microbatches later. So every stage holds S microbatches, as GPU0 does in any case, and about two
+    thirds of the bubble are gone: with f = I = W = 1 a batch takes 3M + S - 1.
     Zero Bubble Pipeline Parallelism (Qi et al., ICLR 2024), the handcrafted schedule ZB-H1.
 
     >>> from pipedream_simple import format_rows
-    >>> print(format_rows(zb_h1(stage, 2, 3, 1) for stage in range(2)))  # S=2, M=3, N=1
+    >>> print(format_rows(zb_h1(stage, 2, 3) for stage in range(2)))  # S=2, M=3
     GPU0: F0 F1 I0 W0 F2 I1 W1 I2 W2
     GPU1: F0 I0 F1 I1 W0 F2 I2 W1 W2
     """
-    warmup = min(num_stages - 1 - stage, num_microbatches)
-    for first in range(0, num_microbatches * num_batches, num_microbatches):
-        for m in range(warmup):
-            yield stage, "F", first + m
-        for m in range(num_microbatches):
-            if m + warmup < num_microbatches:
-                yield stage, "F", first + m + warmup
-            yield stage, "I", first + m
-            if m >= stage:
-                yield stage, "W", first + m - stage
-        for m in range(max(0, num_microbatches - stage), num_microbatches):
-            yield stage, "W", first + m
+    for _, kind, m in one_f_one_b(stage, num_stages, num_microbatches, num_batches=1):
+        yield stage, "I" if kind == "B" else "F", m
+        if kind == "B" and m >= stage:
+            yield stage, "W", m - stage
+    for m in range(max(0, num_microbatches - stage), num_microbatches):
+        yield stage, "W", m
 
 
 # -------------------------------------------------------------------------------------- files
 #
-# The format of torch.distributed.pipelining, compute only: a line a GPU, a cell an op: 0F0, 1B3,
-# 2I1, 2W1; an empty cell is an idle slot, and says nothing here: time comes from the simulator.
+# The format of torch.distributed.pipelining, without sends and receives: one line per GPU, one cell
+# per op (0F0, 1B3, 2I1, 2W1). An empty cell is an idle slot, and skipped: the simulator finds them.
 
 CELL = re.compile(r"([0-9]{1,6})([FBIW])([0-9]{1,6})")
 OVERLAPPED = re.compile(r"\((.+);(.+)\)OVERLAP_F_B")  # two ops at once: here one after the other
 
 
-def read_csv(path: Path) -> list[list[tuple[int, str, int]]]:
-    """The rows of one batch in a CSV file, checked. UserError names what is wrong, and where."""
+def read_csv(path: Path) -> list[list[Step]]:
+    """The rows of one batch in a CSV file. UserError: what is wrong with the file, and where."""
+    name = str(path)[-200:]
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file))
+        if not path.is_file():
+            raise UserError(f"cannot read {name}: missing, or not a regular file")
+        text = path.read_bytes().decode().removeprefix("\ufeff")
+        lines = [*csv.reader(io.StringIO(text, newline=""))]
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no CSV file: {error}") from None
+        raise UserError(f"{name} is not a CSV file: {error}") from None
     rows = []
     for number, line in enumerate(lines, start=1):
-        row = []
-        for column, cell in enumerate(line, start=1):
-            both = OVERLAPPED.fullmatch(cell.strip())
-            for text in both.groups() if both else [cell.strip()]:
-                op = CELL.fullmatch(text)
-                if text and not op:
-                    raise UserError(
-                        f"{path}, line {number}, column {column}: {text[:40]!r} is no op: they "
-                        "look like 0F0, 1B3, 2I1 or 2W1"
-                    )
-                if op:
-                    row.append((int(op[1]), op[2], int(op[3])))
+        row: list[Step] = []
+        for column, cell in enumerate(map(str.strip, line), start=1):
+            both = OVERLAPPED.fullmatch(cell)
+            for text in both.groups() if both else [cell] if cell else []:
+                step = CELL.fullmatch(text)
+                if not step:
+                    place = f"{name}, line {number}, column {column}"
+                    raise UserError(f"{place}: {shown(text)} is not an op such as 0F0 or 2W1")
+                row.append((int(step[1]), step[2], int(step[3])))
         rows.append(row)
     while rows and not rows[-1]:
         rows.pop()  # empty lines at the end
-    check_rows(rows, str(path))
+    check_rows(rows, name)
     return rows
 
 
-def check_rows(rows: list[list[tuple[int, str, int]]], name: str) -> None:
-    """Raise a UserError unless every op stands there once, in an order that can be run."""
-    device_of, seen = {}, {}
+def check_rows(rows: list[list[Step]], name: str) -> None:
+    """Raise a UserError unless each stage runs each microbatch once, on one GPU, in order."""
+    host: dict[int, int] = {}
+    kinds: dict[tuple[int, int], str] = {}  # (stage, microbatch) -> F, then B or I and W
     for device, row in enumerate(rows):
         if not row:
             raise UserError(f"{name}: GPU{device} has nothing to do")
         for stage, kind, m in row:
-            if device_of.setdefault(stage, device) != device:
-                raise UserError(
-                    f"{name}: stage {stage} is on GPU{device_of[stage]} and GPU{device}"
-                )
-            if (stage, kind, m) in seen:
-                raise UserError(f"{name}: {stage}{kind}{m} stands there twice")
-            seen[stage, kind, m] = len(seen)
-    if not seen:
-        raise UserError(f"{name}: there is no op in it")
-    stages = 1 + max(stage for stage, _, _ in seen)
-    microbatches = 1 + max(m for _, _, m in seen)
-    if stages * microbatches > len(seen):  # at least F of each has to be there
-        missing = next(
-            f"{s}F{m}"
-            for s in range(stages)
-            for m in range(microbatches)
-            if (s, "F", m) not in seen
-        )
-        raise UserError(f"{name}: {missing} is missing")
-    for s, m in itertools.product(range(stages), range(microbatches)):
-        forward, whole = seen.get((s, "F", m)), seen.get((s, "B", m))
-        halves = seen.get((s, "I", m)), seen.get((s, "W", m))
-        if forward is None:
-            raise UserError(f"{name}: {s}F{m} is missing")
-        if whole is None and None in halves:
-            raise UserError(f"{name}: {s}B{m} is missing, or {s}I{m} with {s}W{m}")
-        if whole is not None and halves != (None, None):
-            raise UserError(f"{name}: {s}B{m} stands there and one of its halves too")
-        order = [forward, whole] if whole is not None else [forward, *halves]
-        if order != sorted(order):
-            raise UserError(f"{name}: {s}F{m} must stand before its backward, and I before W")
+            if host.setdefault(stage, device) != device:
+                raise UserError(f"{name}: stage {stage} is on GPU{host[stage]} and on GPU{device}")
+            kinds[stage, m] = kinds.get((stage, m), "") + kind
+    if not kinds:
+        raise UserError(f"{name} has no ops")
+    for stage, m in itertools.product(range(1 + max(host)), range(1 + max(m for _, m in kinds))):
+        found = kinds.get((stage, m), "")
+        if found not in ("FB", "FIW"):
+            must = f"stage {stage} must run F B or F I W on microbatch {m}, in this order"
+            raise UserError(f"{name}: {must}; it runs {' '.join(found[:9]) or 'nothing'}")
 
 
 def write_csv(rows: Iterable[Iterable[tuple]], path: Path) -> None:
@@ -248,482 +208,510 @@ def write_csv(rows: Iterable[Iterable[tuple]], path: Path) -> None:
 
 # --------------------------------------------------------------------------------------- plan
 
-LAB_SCHEDULES = ("interleaved", "zb-h1")
-
 
 class Plan(NamedTuple):
-    """What simulator and trainer need: a config whose num_stages counts all stages, and rows."""
+    """A schedule that can be simulated and trained, and its simulated run."""
 
-    name: str
-    config: dict
+    name: str  # of the schedule, or of the file: short, in letters that every font has
+    config: dict  # CONFIG's keys; num_stages counts the stages, however many GPUs there are
     schedule: Schedule
+    events: list[Event]
 
 
-def check_lab_config(config: dict) -> None:
+def file_of(config: dict) -> Path | None:
+    """The CSV file that the schedule is, if it is one."""
+    name = config.get("schedule") if isinstance(config, dict) else check_config(config)
+    return Path(name) if isinstance(name, str) and name.endswith(".csv") else None
+
+
+def sizes_of(rows: list[list[Step]]) -> dict:
+    """For how many GPUs and microbatches these rows are."""
+    num_microbatches = 1 + max(m for row in rows for _, _, m in row)
+    return {"num_stages": len(rows), "num_microbatches": num_microbatches}
+
+
+def check_lab_config(config: dict, rules: dict = LAB_RULES) -> None:
     """Like check_config; the schedule may also be one of the lab's, or a CSV file."""
-    name, known = config["schedule"], [*SCHEDULES, *LAB_SCHEDULES]
-    if isinstance(name, str):
-        if name not in known and not name.endswith(".csv"):
-            hint = nearest(name, known) or f": it must be one of {', '.join(known)}, or a .csv file"
-            raise UserError(f"unknown schedule {name!r}{hint}")
-        config = {**config, "schedule": "1f1b"}  # any that check_config knows
-    check_config(config)
+    files = [config["schedule"]] if file_of(config) else []
+    check_config(config, [*LAB_SCHEDULES, "FILE.csv", *files], rules)
 
 
-def with_sizes_of(rows: list[list[tuple[int, str, int]]], config: dict) -> dict:
-    """The config with as many GPUs and microbatches as these rows have."""
-    count = 1 + max(m for row in rows for _, _, m in row)
-    return {**config, "num_stages": len(rows), "num_microbatches": count}
+def make_plan(config: dict) -> Plan:
+    """What the GPUs do in the whole run, and when. UserError: a bad config, or a deadlock.
 
-
-def make_plan(config: dict, chunks_per_gpu: int) -> Plan:
-    """The rows of config["schedule"] for the whole run, and what they run on.
-
-    config["num_stages"] is the number of GPUs, with layers_per_stage layers each. Where a GPU holds
-    several stages they share its layers, and its times, evenly. A CSV file says itself for how many
-    GPUs and microbatches it is. The weights are updated after every batch, with a flush.
+    config has the keys of LAB_CONFIG. num_stages is the number of GPUs, with layers_per_stage
+    layers each; where a GPU holds several stages, they share its layers and its times evenly. A CSV
+    file has its own number of GPUs and microbatches; those of config are not used.
     """
+    file = file_of(config)
+    rows = read_csv(file) if file else []
+    config = {key: value for key, value in config.items() if key in LAB_RULES}
+    config |= sizes_of(rows) if file else {}
+    check_lab_config(config)
     name = config["schedule"]
-    if name in SCHEDULES:
-        return Plan(name, config, build_schedule(config))
     if name == "interleaved":
-        rows = list(interleaved_rows(config, chunks_per_gpu))
+        multiples = {"num_microbatches": "num_stages", "layers_per_stage": "chunks_per_gpu"}
+        for key, of in multiples.items():
+            if config[key] % config[of]:
+                rule = f"{key}={config[key]} must be a multiple of {of}={config[of]}"
+                raise UserError(f"{rule} for interleaved")
+    chunks = config["chunks_per_gpu"] if name == "interleaved" else 1
+    config = {key: config[key] for key in CONFIG}
+    if name in SCHEDULES:
+        schedule = build_schedule(config)
+        return Plan(name, config, schedule, simulate(schedule, config))
+
+    num_devices, num_microbatches = config["num_stages"], config["num_microbatches"]
+    devices = range(num_devices)
+    host = {d + lap * num_devices: d for d in devices for lap in range(chunks)}
+    if file:
+        host = {stage: device for device, row in enumerate(rows) for stage, _, _ in row}
+        name = file.name[-16:].encode("ascii", "replace").decode().replace("$", "?")
+    config = in_stages(config, [host[stage] for stage in range(len(host))])
+    if name == "interleaved":
+        rows = [[*interleaved(d, num_devices, num_microbatches, chunks)] for d in devices]
     elif name == "zb-h1":
-        sizes = config["num_stages"], config["num_microbatches"], 1
-        rows = [list(zb_h1(stage, *sizes)) for stage in range(config["num_stages"])]
-    else:
-        rows = read_csv(Path(name))
-        config = with_sizes_of(rows, config)
-        check_lab_config(config)
-    config = spread_stages(config, rows)
-    plan = Plan(name, config, repeat(rows, config))
+        rows = [[*zb_h1(stage, num_devices, num_microbatches)] for stage in devices]
+    starts = range(0, num_microbatches * config["num_batches"], num_microbatches)
+    whole = [[(stage, kind, m + b) for b in starts for stage, kind, m in row] for row in rows]
+    schedule = pin_versions(whole, num_microbatches)
     try:
-        simulate(plan.schedule, config)
+        return Plan(name, config, schedule, simulate(schedule, config))
     except ValueError as error:  # a deadlock
-        raise UserError(f"{name}: {error}") from None
-    return plan
+        waits = ", ".join(shorten(str(error).split(", "), 4, "GPUs"))
+        raise UserError(f"{config['schedule'][-200:]}: {waits}") from None
 
 
-def interleaved_rows(config: dict, chunks_per_gpu: int) -> Iterable[list[tuple[int, str, int]]]:
-    """One batch of it; UserError where the sizes do not allow it."""
-    devices, microbatches = config["num_stages"], config["num_microbatches"]
-    if microbatches % devices:
-        raise UserError(
-            f"num_microbatches={microbatches} must be a multiple of num_stages={devices} for the "
-            "interleaved schedule"
-        )
-    check_size(devices * chunks_per_gpu, config)
-    for device in range(devices):
-        yield list(interleaved(device, devices, microbatches, 1, chunks_per_gpu))
-
-
-def spread_stages(config: dict, rows: list[list[tuple[int, str, int]]]) -> dict:
-    """The config of the stages that these rows name: the same network and times, cut finer."""
-    device_of = {stage: device for device, row in enumerate(rows) for stage, _, _ in row}
-    on_device = Counter(device_of.values())
-    devices, stages = len(rows), len(device_of)
-    num_layers = devices * config["layers_per_stage"]
-    if num_layers % stages:
-        raise UserError(
-            f"layers_per_stage={config['layers_per_stage']}: {num_layers} layers on {devices} GPUs "
-            f"cannot be split evenly into {stages} stages"
-        )
-    times = {}
+def in_stages(config: dict, hosts: list[int]) -> dict:
+    """config for stages instead of GPUs: the same network, cut finer. hosts[stage] is its GPU."""
+    num_stages, on_device = len(hosts), Counter(hosts)
+    num_layers = config["num_stages"] * config["layers_per_stage"]
+    if num_layers % num_stages:
+        what = f"num_stages * layers_per_stage is {count(num_layers, 'layer')}"
+        raise UserError(f"{what}, which cannot be split evenly into {num_stages} stages")
+    config = {**config, "num_stages": num_stages, "layers_per_stage": num_layers // num_stages}
     for key in ("forward_time", "backward_time", "comm_time"):
-        per_gpu = per_stage(config[key], devices)
-        share = Counter(dict.fromkeys(on_device, 1)) if key == "comm_time" else on_device
-        gpus = [device_of[stage] for stage in range(stages)]
-        times[key] = [per_gpu[gpu] / share[gpu] for gpu in gpus]
-    return {**config, **times, "num_stages": stages, "layers_per_stage": num_layers // stages}
+        per_gpu = per_stage({**config, "num_stages": 1 + max(hosts)}, key)
+        config[key] = [per_gpu[d] / (1 if key == "comm_time" else on_device[d]) for d in hosts]
+    check_config({**config, "schedule": "1f1b"})  # its limits; any schedule that it knows
+    return config
 
 
-def check_size(num_stages: int, config: dict) -> None:
-    """Raise a UserError if that many stages are more than one run may hold."""
-    count = num_stages * config["num_microbatches"] * config["num_batches"]
-    if count > MAX_FORWARDS:
-        what = f"{num_stages:,} stages * num_microbatches * num_batches is {count:,}"
-        raise UserError(f"{what}: at most {MAX_FORWARDS:,} fit")
+def all_plans(config: dict) -> tuple[list[Plan], list[str]]:
+    """A plan for each schedule at this CONFIG, and the reasons why some are impossible.
+
+    A CSV file comes last, and the others get its number of GPUs and microbatches.
+    """
+    plans, reasons = [], []
+    extra, file = [], file_of(config)
+    if file:
+        config = {**config, **sizes_of(read_csv(file))}
+        extra = [make_plan(config)]
+    flushing = [name for name in SCHEDULES if name != "pipedream"]
+    for label, settings in variants([*flushing, *LAB_SCHEDULES, "pipedream"]).items():
+        try:
+            plans.append(make_plan({**config, **settings})._replace(name=label))
+        except UserError as error:
+            reasons.append(textwrap.fill(f"{label.strip()} is left out: {error}", 80))
+    return [*plans, *extra], reasons
 
 
-def repeat(rows: list[list[tuple[int, str, int]]], config: dict) -> Schedule:
-    """The rows of one batch, batch after batch, with an update after each."""
-    check_size(config["num_stages"], config)
-    count, batches = config["num_microbatches"], range(config["num_batches"])
-    whole = [
-        [(stage, kind, m + b * count) for b in batches for stage, kind, m in row] for row in rows
-    ]
-    return pin_versions(whole, count)
+# ------------------------------------------------------------------------ training and memory
 
 
-# ------------------------------------------------------------------------------------- memory
+class SplitWorker(Worker):
+    """A Worker that can also run the halves of a backward, I and W.
+
+    I walks back through the graph to the input of the stage. It does not follow the weights, but
+    keeps the gradient that arrives where they enter. W goes on from there. So the two compute what
+    B computes, and nothing twice.
+
+    kept    of each microbatch between its I and its W: the weights, and for every edge of the graph
+            that leads to where some of them enter: edge, gradient that arrived, their names
+    """
+
+    def __init__(self, module: nn.Module, config: dict):
+        super().__init__(module, config)
+        self.kept: dict[int, tuple[Weights, list[tuple[GradientEdge, Tensor, list[str]]]]] = {}
+
+    def backward(self, op: Op, output_gradient: Tensor | None) -> Tensor | None:
+        if op.kind == "I":
+            return self.backward_to_input(op, output_gradient)
+        if op.kind == "W":
+            self.backward_to_weights(op)
+            return None
+        return super().backward(op, output_gradient)
+
+    def backward_to_input(self, op: Op, output_gradient: Tensor | None) -> Tensor | None:
+        """Return the gradient of the input, and keep what W needs."""
+        x, output, weights = self.in_flight.pop(op.microbatch)
+        if output_gradient is not None:  # as in Worker.backward
+            output = torch.dot(output.flatten(), output_gradient.flatten())
+        entries = weight_entries(output, weights)
+        inputs: list = [*entries, x] if x.requires_grad else [*entries]
+        gradients = torch.autograd.grad(output, inputs, retain_graph=True)
+        kept = [*zip(entries, gradients, entries.values(), strict=False)]
+        self.kept[op.microbatch] = weights, kept
+        return gradients[-1] if x.requires_grad else None
+
+    def backward_to_weights(self, op: Op) -> None:
+        """Add the gradients of the weights to self.gradient."""
+        weights, kept = self.kept.pop(op.microbatch)
+        for edge, arrived, names in kept:
+            gradients = torch.autograd.grad([edge], [weights[name] for name in names], [arrived])
+            for name, gradient in zip(names, gradients, strict=True):
+                self.gradient[name] = self.gradient.get(name, 0) + gradient
+
+
+def weight_entries(output: Tensor, weights: Weights) -> dict[GradientEdge, list[str]]:
+    """The edges in output's graph that lead to where weights enter -> the names of those weights.
+
+    A weight may enter through nodes with no other input, such as the transpose in a Linear. One
+    that enters more than once is its own entry: the paths to it overlap, so all of them are for I.
+    """
+    name_of = {id(w): name for name, w in weights.items()}
+
+    def name_behind(node: Node | None) -> str | None:
+        while node is not None and len(node.next_functions) == 1:
+            node = node.next_functions[0][0]
+        return name_of.get(id(getattr(node, "variable", None)))
+
+    entries: dict[GradientEdge, list[str]] = {}
+    todo = [get_gradient_edge(output)]
+    while todo:
+        edge = todo.pop()
+        if edge in entries:
+            continue
+        entries[edge] = []
+        for node, number in edge.node.next_functions:
+            name = name_behind(node)
+            if name:
+                entries[edge].append(name)
+            elif node is not None:
+                todo.append(GradientEdge(node, number))
+    uses = Counter(itertools.chain.from_iterable(entries.values()))
+    once = {edge: [n for n in names if uses[n] == 1] for edge, names in entries.items()}
+    more = {get_gradient_edge(weights[name]): [name] for name in uses if uses[name] > 1}
+    return {edge: names for edge, names in {**once, **more}.items() if names}
+
+
+def train_plan(plan: Plan, dtype: torch.dtype = torch.float32, watch=None) -> Run:
+    """Train on the plan's schedule."""
+    return train(plan.config, dtype, watch, plan.events, SplitWorker)
+
+
+def plain_training(config: dict, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """The same network and batches without a pipeline: SGD that adds up microbatch gradients."""
+    network = nn.Sequential(*build_stages(config)).to(choose_device(config["device"]), dtype)
+    optimizer = torch.optim.SGD(network.parameters(), lr=config["learning_rate"])
+    for number, (x, y) in enumerate(split_batches(config, dtype), start=1):
+        (cross_entropy(network(x), y) / config["num_microbatches"]).backward()
+        if number % config["num_microbatches"] == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return network
 
 
 class Bytes(NamedTuple):
     """What a GPU holds, each at its own peak over the run."""
 
-    weights: int  # of all versions alive
-    activations: int  # kept for the backwards of the microbatches in flight
-    gradients: int  # of the batch so far
+    weights: int  # of all versions that exist
+    activations: int  # kept for the backwards to come; with gradients kept by I for W
+    gradients: int  # of the weights, for the batch so far
+
+
+class MeteredWorker(SplitWorker):
+    """Sends and receives copies, as a GPU does. Here they would share one tensor."""
+
+    def forward(self, op: Op, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(op, x.clone(), labels if labels is None else labels.clone()).clone()
 
 
 class MemoryMeter:
-    """Counts real bytes while train runs: give it as watch, inside `with meter.hooks()`.
+    """Counts bytes that exist: after every op, the storages of each GPU that are still alive.
 
-    PyTorch tells the hooks every tensor that autograd saves for a backward. Two tensors in one
-    piece of memory count once per GPU, and weights, which a layer saves too, count as weights.
+    A storage counts until the last tensor that uses it is gone, whoever holds that. PyTorch's hooks
+    tell about tensors that autograd saves for a backward.
     """
 
     def __init__(self, schedule: Schedule):
         self.device_of = {op.stage: device for device, row in enumerate(schedule) for op in row}
-        self.saved: list[torch.Tensor] = []  # by the op that runs
-        self.kept: dict[tuple[int, int], dict[int, int]] = {}  # (stage, microbatch) -> {at: bytes}
-        self.weights, self.gradients = Counter(), Counter()  # by stage
+        self.alive: list[list[WeakSet]] = [[WeakSet() for _ in Bytes._fields] for _ in schedule]
+        self.saved: WeakSet = WeakSet()  # by the op that runs
         self.peak = [Bytes(0, 0, 0) for _ in schedule]
 
-    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            self.saved.append(tensor.detach())
-            return tensor
+    def train(self, plan: Plan) -> Run:
+        def note(tensor: Tensor) -> Tensor:
+            self.saved.add(tensor.untyped_storage())
+            return tensor.detach()  # with its graph it would keep itself alive
 
-        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            return train(plan.config, watch=self, events=plan.events, worker_class=MeteredWorker)
 
     def __call__(self, op: Op, worker: Worker) -> None:
-        versions = [w for weights in worker.versions.values() for w in weights.values()]
-        if op.kind == "F":
-            own = {w.data_ptr() for w in versions}
-            pieces = {t.data_ptr(): size(t) for t in self.saved if t.data_ptr() not in own}
-            self.kept[op.stage, op.microbatch] = pieces
-        elif op.kind in ("B", "W"):
-            del self.kept[op.stage, op.microbatch]
-        self.saved.clear()
-        self.weights[op.stage] = sum(map(size, versions))
-        self.gradients[op.stage] = sum(map(size, worker.gradient.values()))
+        assert isinstance(worker, SplitWorker)
         device = self.device_of[op.stage]
-        here = {stage for stage, d in self.device_of.items() if d == device}
-        activations = {}
-        for (stage, _), pieces in self.kept.items():
-            if stage in here:
-                activations.update(pieces)
-        now = Bytes(
-            sum(self.weights[stage] for stage in here),
-            sum(activations.values()),
-            sum(self.gradients[stage] for stage in here),
-        )
-        self.peak[device] = Bytes(*map(max, self.peak[device], now))
-
-
-def size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+        weights, activations, gradients = self.alive[device]
+        for version in worker.versions.values():
+            weights.update(map(Tensor.untyped_storage, version.values()))
+        gradients.update(map(Tensor.untyped_storage, worker.gradient.values()))
+        for x, output, _ in worker.in_flight.values():
+            activations.update([x.untyped_storage(), output.untyped_storage()])
+        for _, kept in worker.kept.values():
+            activations.update(arrived.untyped_storage() for _, arrived, _ in kept)
+        activations |= self.saved
+        activations -= weights  # a Linear saves its weights, too
+        self.saved.clear()
+        held = (sum(storage.nbytes() for storage in group) for group in self.alive[device])
+        self.peak[device] = Bytes(*map(max, self.peak[device], held))
 
 
 def memory_formula(plan: Plan) -> list[Bytes]:
-    """What the meter should find, from rows and shapes alone.
+    """What the meter should find, from rows and shapes alone, in float32.
 
-    A Linear layer saves its input, tanh its output, and the loss its log-probabilities and labels.
+    A Linear saves its input, tanh its output, and the loss its log-probabilities, its labels and
+    the sum of their weights. Between I and W the graph stays up to the last Linear, with a gradient
+    for the output of each.
     """
-    config, stages = plan.config, build_stages(plan.config)
-    images = config["batch_size"] // config["num_microbatches"]
-    weights = [sum(map(size, stage.parameters())) for stage in stages]
-    numbers = [
-        sum(
-            2 * layer.linear.in_features if isinstance(layer, Residual) else layer.in_features
-            for layer in stage
-        )
-        for stage in stages
-    ]
-    activations = [4 * images * count for count in numbers]
-    activations[-1] += (
-        images * (10 * 4 + 8) + 4
-    )  # 10 log-probabilities, a label; the sum of weights
+    images = plan.config["batch_size"] // plan.config["num_microbatches"]
+    stages = [[*stage.children()] for stage in build_stages(plan.config)]
+    weights, changes = [], []  # per stage: bytes of a version; what an op adds to activations
+    for layers in stages:
+        linears: list = [getattr(layer, "linear", layer) for layer in layers]
+        inputs, outputs = [w.in_features for w in linears], [w.out_features for w in linears]
+        tanhs = [isinstance(layers[i], Residual) * size for i, size in enumerate(outputs)]
+        numbers = sum(inputs) + sum(tanhs)
+        by_f = 4 * images * (numbers + outputs[-1])
+        by_f += (8 * images + 4 + 4) * (layers is stages[-1])
+        by_i = 4 * images * (numbers - tanhs[-1] + sum(outputs))
+        changes.append({"F": by_f, "B": -by_f, "I": by_i - by_f, "W": -by_i, "U": 0})
+        weights.append(4 * sum(w.weight.numel() + w.bias.numel() for w in linears))
     peaks = []
-    for row in plan.schedule:
-        last = {(op.stage, op.version): op for op in row}
-        held = {
-            "weights": sum(weights[stage] for stage in {op.stage for op in row}),
-            "activations": 0,
-            "gradients": 0,
-        }
-        most, summed = dict(held), set()
-        for op in row:
-            held["activations"] += {"F": 1, "B": -1, "W": -1}.get(op.kind, 0) * activations[
-                op.stage
-            ]
-            if op.kind in ("B", "W") and op.stage not in summed:
-                summed.add(op.stage)
-                held["gradients"] += weights[op.stage]
-            if op.kind == "U":
-                summed.remove(op.stage)
-                held["gradients"] -= weights[op.stage]
-                held["weights"] += weights[op.stage]
-            if last[op.stage, op.version] is op:
-                held["weights"] -= weights[op.stage]
-            most = {key: max(most[key], held[key]) for key in held}
-        peaks.append(Bytes(**most))
+    for row, versions in zip(plan.schedule, peak_versions(plan.schedule), strict=True):
+        own = {op.stage for op in row}
+        one = sum(weights[stage] for stage in own)
+        held = itertools.accumulate(changes[op.stage][op.kind] for op in row)
+        peaks.append(Bytes(one * versions // len(own), max(held), one))
     return peaks
 
 
 # ------------------------------------------------------------------------------------ compare
 
-
-def plain_sgd(config: dict) -> torch.Tensor:
-    """The weights after training without a pipeline, on whole batches, in float64: one vector."""
-    network = nn.Sequential(*build_stages(config)).double()
-    optimizer = torch.optim.SGD(network.parameters(), lr=config["learning_rate"])
-    for x, y in make_batches(config):
-        optimizer.zero_grad()
-        cross_entropy(network(x.double()), y).backward()
-        optimizer.step()
-    return torch.cat([w.detach().flatten() for w in network.parameters()])
-
-
-def weights_of(run: Run) -> torch.Tensor:
-    return torch.cat([w.detach().cpu().flatten() for stage in run.weights for w in stage.values()])
-
-
-def all_plans(config: dict, chunks_per_gpu: int) -> tuple[list[Plan], list[str]]:
-    """A plan for every schedule at this CONFIG, and why some cannot be had.
-
-    A CSV file comes last; then all the others get its number of GPUs and microbatches.
-    """
-    plans, reasons = [], []
-    if config["schedule"].endswith(".csv"):
-        from_file = make_plan(config, chunks_per_gpu)
-        plans.append(from_file)
-        count = from_file.config["num_microbatches"]
-        config = {**config, "num_stages": len(from_file.schedule), "num_microbatches": count}
-    stashing = {"weight_stashing": True, "vertical_sync": False}
-    variants = [(name, {"schedule": name, **stashing}) for name in (*SCHEDULES, *LAB_SCHEDULES)]
-    variants += [
-        ("  vertical sync", {**stashing, "schedule": "pipedream", "vertical_sync": True}),
-        ("  no stashing", {**stashing, "schedule": "pipedream", "weight_stashing": False}),
-    ]
-    variants.sort(key=lambda variant: "pipedream" in variant[1]["schedule"])  # flushes first
-    for place, (label, settings) in enumerate(variants):
-        try:
-            plan = make_plan({**config, **settings}, chunks_per_gpu)
-            plans.insert(place - len(reasons), plan._replace(name=label))
-        except UserError as error:
-            reasons.append(f"{label} is not here: {error}")
-    return plans, reasons
-
-
-def measure_plan(plan: Plan, naive_time: float, reference: torch.Tensor) -> tuple[list[str], list]:
-    """A line of the table, and the memory of each GPU, as measured and as the formula says."""
-    config, schedule = plan.config, plan.schedule
-    events = simulate(schedule, config)
-    busy = utilization(events)
-    meter = MemoryMeter(schedule)
-    with meter.hooks():
-        run = train(config, watch=meter, schedule=schedule)
-    exact = weights_of(train({**config, "device": "cpu"}, torch.float64, schedule=schedule))
-    line = [
-        plan.name,
-        f"{makespan(events):.10g}",
-        f"{naive_time / makespan(events):.2f}x",
-        f"{busy:.1%}",
-        f"{1 - busy:.1%}",
-        f"{max(sum(peak) for peak in meter.peak) / 1024:,.0f} KiB",
-        str(max(run.peak_versions)),
-        str(max(staleness(schedule, config["num_microbatches"]))),
-        f"{run.losses[-1]:.4f}",
-        f"{run.test_accuracy:.1%}",
-        f"{(exact - reference).abs().max():.1e}",
-    ]
-    return line, [*zip(meter.peak, memory_formula(plan), strict=True)]
-
-
-COMPARE_HEAD = "schedule|time|speed-up|busy|bubble|memory|versions|stale|loss|accuracy|to SGD"
 COMPARE_LEGEND = """\
-   Time is simulated, all else measured. memory: weights, activations and gradients of the fullest
-   GPU, each at its peak. versions: of one stage. stale: updates missed. loss: of the last batch.
-   to SGD: largest difference of a weight from plain training without a pipeline, in float64."""
+   From GPU0 to the last, each at its peak: microbatches in flight (interleaved:
+   each on one chunk), weight versions kept (one per chunk), and updates missed
+   (stale). KiB: bytes that exist, counted; in all: activations, weights and
+   their gradients. loss: of the last batch. to SGD: the largest difference of
+   a weight from plain training without a pipeline, in float64."""
 
 
-def compare(config: dict, chunks_per_gpu: int, out: Path) -> None:
-    """Every schedule on the same batches, in one table and in one picture (schedules.png)."""
-    make_folder(out)
-    plans, reasons = all_plans(config, chunks_per_gpu)
-    naive_time = makespan(simulate(plans[0].schedule, plans[0].config))
-    reference = plain_sgd(plans[0].config)
-    table, memory = [COMPARE_HEAD.split("|")], []
-    for plan in plans:
-        line, per_gpu = measure_plan(plan, naive_time, reference)
-        table.append(line)
-        memory.append((plan.name, per_gpu))
-    print("\n".join([*format_table(table, gap=2), *reasons, COMPARE_LEGEND]))
-    print(
-        "\nMemory of GPU0 and of the last GPU at their peaks, in KiB: measured (from the formula)"
-    )
-    print("\n".join(format_table(memory_table(memory), gap=2)))
-    with house_style():
+def compare(config: dict, out: Path = Path()) -> None:
+    """Every schedule on the same batches, in two tables and in one picture (schedules.png)."""
+    import pipedream_visual as visual
+
+    plans, reasons = all_plans(config)
+    with visual.house_style():
         figure = draw_plans(plans)
-        save(out / "schedules.png", partial(figure.savefig))
+        write(out / "schedules.png", figure.savefig, config)
+    alone = {**plans[0].config, "device": "cpu", "num_microbatches": 1}
+    reference = parameters_to_vector(plain_training(alone, torch.float64).parameters())
+    simulated = [["schedule", *SUMMARY, "stale"]]
+    measured = [["schedule", "loss", "accuracy", "to SGD", "KiB of activations", "KiB in all"]]
+    agree: list[bool] = []
+    for plan in plans:
+        stale = staleness(plan.schedule, plan.config["num_microbatches"])
+        cells = summarize(plan.schedule, plan.events, plans[0].events)
+        simulated.append([plan.name, *cells, format_per_gpu(stale)])
+        meter = MemoryMeter(plan.schedule)
+        run = meter.train(plan)
+        on_cpu = plan._replace(config={**plan.config, "device": "cpu"})
+        exact = [w for stage in train_plan(on_cpu, torch.float64).weights for w in stage.values()]
+        error = (parameters_to_vector(exact) - reference).abs().max()
+        cells = [f"{run.losses[-1]:.4f}", f"{run.test_accuracy:.1%}", f"{error:.1e}"]
+        activations = [f"{held.activations / 1024:,.0f}" for held in meter.peak]
+        in_all = [f"{sum(held) / 1024:,.0f}" for held in meter.peak]
+        measured.append([plan.name, *cells, format_per_gpu(activations), format_per_gpu(in_all)])
+        agree += map(Bytes.__eq__, meter.peak, memory_formula(plan))
+    print("\n".join(["Simulated:", *format_table(simulated), "", "Trained and measured:"]))
+    print("\n".join([*format_table(measured), *reasons, COMPARE_LEGEND]))
+    print(f"   Memory is as memory_formula predicts on {sum(agree)} of {len(agree)} GPUs.")
     print(f"\n{out / 'schedules.png'}: {figure.texts[0].get_text()}")
-
-
-def memory_table(memory: list[tuple[str, list[tuple[Bytes, Bytes]]]]) -> list[list[str]]:
-    table = [["schedule", "", *Bytes._fields]]
-    for name, per_gpu in memory:
-        for device in sorted({0, len(per_gpu) - 1}):
-            measured, formula = per_gpu[device]
-            cells = (
-                f"{a / 1024:,.1f} ({b / 1024:,.1f})" for a, b in zip(measured, formula, strict=True)
-            )
-            table.append([name, f"GPU{device}", *cells])
-            name = ""
-    return table
-
-
-def plain(name: str) -> str:
-    """The name of a schedule or file in letters that every font has, and without formulas."""
-    return name.encode("ascii", "replace").decode().replace("$", "?")
 
 
 def draw_plans(plans: list[Plan]):
     """The simulated runs one below the other on one time axis, until the slowest but naive ends."""
+    import pipedream_visual as visual
+
     plans = [plan for plan in plans if plan.name == plan.name.strip()]  # variants look the same
-    runs = [(plan, rounded(simulate(plan.schedule, plan.config))) for plan in plans]
-    others = [makespan(events) for plan, events in runs if plan.name != "naive"]
-    until = max(others, default=makespan(runs[0][1]))
+    runs = [(plan, visual.rounded(plan.events)) for plan in plans]
+    ends = {plan.name: makespan(events) for plan, events in runs}
+    until = max([end for name, end in ends.items() if name != "naive"], default=ends["naive"])
     devices = max(len(plan.schedule) for plan in plans)
-    lane = min(42, 3000 / (devices * len(plans)))
-    panel = LINE + lane * devices + 50
-    top = 3 * LINE
-    width = LEFT + plot_width(runs[0][1], until) + RIGHT
-    least = min(makespan(events) for _, events in runs)
-    fastest = [plain(plan.name) for plan, events in runs if makespan(events) == least]
-    title = f"{len(plans)} schedules, one time axis. The fastest: {', '.join(fastest)}"
+    lane, top = min(42, 3000 / (devices * len(plans))), 3 * visual.LINE
+    panel = visual.LINE + lane * devices + 50
+    width = visual.LEFT + visual.plot_width(runs[0][1], until) + visual.RIGHT
+    fastest = ", ".join(name for name, end in ends.items() if end == min(ends.values()))
+    title = f"{count(len(plans), 'schedule')}, one time axis. The fastest: {fastest}"
     lines = [
-        "Simulated; a long naive run is cut off. F3: forward of microbatch 3; 8F3: of stage 8, "
-        "where a GPU has several."
+        "Simulated; a long naive run is cut off. F3: forward of microbatch 3; 8F3: on stage 8."
     ]
-    figure = new_picture(width, top + panel * len(plans) + 60, title, lines)
+    figure = visual.new_picture(width, top + panel * len(plans) + 60, title, lines)
     for row, (plan, events) in enumerate(runs):
         place = top + row * panel
-        time = f"{makespan(events):.10g} time units, {utilization(events):.1%} utilization"
-        add_heading(figure, place, f"{plain(plan.name)}: {time}")
-        axes = add_lanes(figure, place + LINE, lane * len(plan.schedule), len(plan.schedule), until)
-        several = plan.config["num_stages"] > len(plan.schedule)
-        draw_ops(axes, [event for event in events if event.start < until], stages=several)
-    add_legend(figure, [event.op for _, events in runs for event in events], [IDLE])
+        length = f"{makespan(events):.7g} time units, {utilization(events):.1%} utilization"
+        visual.add_heading(figure, place, f"{plan.name}: {length}")
+        lanes = len(plan.schedule)
+        axes = visual.add_lanes(figure, place + visual.LINE, lane * lanes, lanes, until)
+        shown = [event for event in events if event.start < until]
+        visual.draw_ops(axes, shown, stages=plan.config["num_stages"] > lanes)
+    visual.add_legend(figure, [event.op for _, events in runs for event in events], [visual.IDLE])
     return figure
 
 
-# ------------------------------------------------------------------------------------- export
+# --------------------------------------------------------------------------- export and trace
 
 
-def export(config: dict, chunks_per_gpu: int, path: Path) -> None:
+def export(config: dict, path: Path) -> None:
     """The rows of one batch as a CSV file that torch.distributed.pipelining loads."""
-    plan = make_plan({**config, "num_batches": 1}, chunks_per_gpu)
+    plan = make_plan({**config, "num_batches": 1})
     rows = [[op for op in row if op.kind != "U"] for row in plan.schedule]
-    save(path, partial(write_csv, rows))
-    ops = sum(map(len, rows))
-    print(f"{path}: {plan.name}, {len(rows)} GPUs, {plan.config['num_stages']} stages, {ops} ops")
+    write(path, partial(write_csv, rows), config, ".csv")
+    sizes = count(len(rows), "GPU"), count(plan.config["num_stages"], "stage")
+    print(f"{path}: {plan.name}, {', '.join(sizes)}, {count(sum(map(len, rows)), 'op')}")
     if plan.name == "pipedream":
-        print("One batch: whoever reads it flushes after it, and has 1F1B.")
+        print("This is one batch. With the flush that a file implies, it is 1F1B.")
 
 
-# ------------------------------------------------------------------------------------ profile
+def write(path: Path, content: Callable[[Path], object], config: dict, suffix: str = "") -> None:
+    """Save a file; UserError for another suffix, maybe a slip, or the schedule's own file."""
+    from pipedream_visual import save  # here: what imports the lab may not need matplotlib
+
+    if not path.name.endswith(suffix):
+        raise UserError(f"cannot write {shown(str(path))}: the name must end in {suffix}")
+    file = file_of(config)
+    save({path: content}, read=[file] if file else [])
 
 
-def measure_stages(config: dict, repeats: int = 20) -> tuple[list[float], list[float]]:
-    """Milliseconds of a microbatch's forward and backward on each stage: medians of warm runs."""
-    workers = make_workers(config, torch.float32)
-    device = choose_device(config["device"])
-    x, labels = split_batches({**config, "num_batches": 1}, torch.float32)[0]
-    forward, backward = [], []
-    for stage, worker in enumerate(workers):
-        last = stage == len(workers) - 1
-        taken = defaultdict(list)
-        for _ in range(3 + repeats):
-            op = Op(stage, "F", 0, 0)
-            start = now(device)
-            output = worker.forward(op, x, labels if last else None)
-            middle = now(device)
-            worker.backward(op._replace(kind="B"), None if last else torch.ones_like(output))
-            taken["F"].append(middle - start)
-            taken["B"].append(now(device) - middle)
-        forward.append(1000 * statistics.median(taken["F"][3:]))  # the first three warm up
-        backward.append(1000 * statistics.median(taken["B"][3:]))
-        x = output
-    return forward, backward
+def trace(config: dict, path: Path) -> None:
+    """The simulated run as a Chrome trace: open it at ui.perfetto.dev or chrome://tracing."""
+    plan = make_plan(config)
+    content = {"traceEvents": [*trace_events(plan)], "displayTimeUnit": "ms"}
+    text = json.dumps(content, default=float)  # NumPy's numbers, too
+    write(path, lambda part: part.write_text(text, "utf-8"), config, ".json")
+    events = count(len(content["traceEvents"]), "event")
+    print(f"{path}: {plan.name}, {events}; open it at ui.perfetto.dev")
+
+
+def trace_events(plan: Plan) -> Iterator[dict]:
+    """One track per GPU, one event per op, arrows for what is sent, counters for what is held.
+
+    A time unit of the simulation is a millisecond of the trace, whose own unit is the microsecond.
+    """
+    from pipedream_visual import KINDS
+
+    for device in range(len(plan.schedule)):
+        yield {"ph": "M", "name": "process_name", "pid": device, "args": {"name": f"GPU{device}"}}
+    made = {result_of(event.op): event for event in plan.events}
+    sent, held_by = itertools.count(), [iter(memory_held(row)) for row in plan.schedule]
+    for op, device, start, end in plan.events:
+        counters = "microbatches in flight", "weight versions"
+        for what, held in zip(counters, next(held_by[device]), strict=True):
+            yield {"ph": "C", "name": what, "pid": device, "ts": 1000 * end, "args": {"held": held}}
+        here = {"pid": device, "tid": 0, "ts": 1000 * start, "args": op._asdict()}
+        if op.kind == "U":
+            yield {**here, "ph": "i", "s": "p", "name": f"update to v{op.version + 1}"}
+            continue
+        name = {"name": str(op), "cat": KINDS[op.kind]}
+        yield {**here, **name, "ph": "X", "dur": 1000 * (end - start)}
+        needed = input_of(op, plan.config["num_stages"])
+        if needed and made[needed].device != device:
+            _, sender, began, ended = made[needed]
+            what = "activations" if op.kind == "F" else "gradients"
+            arrow = {"name": what, "cat": "sent", "id": next(sent), "tid": 0}
+            yield {**arrow, "ph": "s", "pid": sender, "ts": 500 * (began + ended)}  # the middle
+            yield {**arrow, "ph": "f", "pid": device, "ts": 500 * (start + end), "bp": "e"}
+
+
+# ------------------------------------------------------------------------ profile and balance
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """The time in seconds, once the device has finished all its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
-def profile(config: dict, chunks_per_gpu: int) -> None:
+def measure_stages(config: dict, modules=()) -> tuple[list[float], list[float]]:
+    """Milliseconds of a microbatch's forward, and of its backward, on each stage (or module)."""
+    device, modules = choose_device(config["device"]), [*modules] or build_stages(config)
+    x, labels = split_batches({**config, "num_batches": 1}, torch.float32)[0]
+    medians = []
+    for module in modules:
+        module.to(device)
+        times = []
+        for _ in range(23):
+            start = now(device)
+            output = module(x)
+            result = output if module is not modules[-1] else cross_entropy(output, labels)
+            middle = now(device)
+            result.backward(torch.ones_like(result))
+            times.append((1000 * (middle - start), 1000 * (now(device) - middle)))
+        medians.append([*map(statistics.median, zip(*times[3:], strict=True))])  # 3 warm up
+        x = output.detach().requires_grad_()
+    return [forward for forward, _ in medians], [backward for _, backward in medians]
+
+
+def profile(config: dict) -> None:
     """Measure the stages on this device; what would as many of it reach with each schedule?"""
     forward, backward = measure_stages(config)
     device = choose_device(config["device"])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    size = config["batch_size"] // config["num_microbatches"]
-    print(f"Measured on {name}: a microbatch of {size} images, milliseconds, medians of warm runs")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    images = count(config["batch_size"] // config["num_microbatches"], "image")
+    print(f"Measured on {name}, medians of warm runs: milliseconds for a microbatch of {images}")
     table = [["", "forward", "backward", "backward / forward"]]
     for stage, (f, b) in enumerate(zip(forward, backward, strict=True)):
         table.append([f"stage {stage}", f"{f:.3f}", f"{b:.3f}", f"{b / f:.2f}"])
-    print("\n".join(format_table(table)))
+    print("\n".join(shorten(format_table(table), 24, "stages")))
     both = [f + b for f, b in zip(forward, backward, strict=True)]
-    slowest = both.index(max(both))
     excess = max(both) / statistics.fmean(both) - 1
     if len(both) > 1:
-        print(f"Bottleneck: stage {slowest}, {excess:.0%} slower than the mean: all wait for it")
+        print(f"Bottleneck: stage {both.index(max(both))}, {excess:.0%} slower than the mean")
 
-    measured = {**config, "forward_time": forward, "backward_time": backward}
-    plans, reasons = all_plans(measured, chunks_per_gpu)
+    plans, reasons = all_plans({**config, "forward_time": forward, "backward_time": backward})
     one_gpu = config["num_microbatches"] * sum(both)
-    print(
-        f"\nSimulated with these times, {config['num_stages']} such GPUs, one GPU: {one_gpu:.3g} ms"
-    )
-    table = [["schedule", "ms a batch", "busy", "speed-up over one GPU"]]
+    print(f"\nSimulated with these times on {count(config['num_stages'], 'such GPU')}.")
+    table = [["schedule", "ms per batch", "busy", f"speed-up over one GPU ({one_gpu:.3g} ms)"]]
     for plan in plans:
-        events = simulate(plan.schedule, plan.config)
-        batch = makespan(events) / config["num_batches"]
-        cells = f"{batch:.3g}", f"{utilization(events):.1%}", f"{one_gpu / batch:.2f}x"
+        batch = makespan(plan.events) / config["num_batches"]
+        cells = f"{batch:.3g}", f"{utilization(plan.events):.1%}", f"{one_gpu / batch:.2f}x"
         table.append([plan.name, *cells])
     print("\n".join([*format_table(table), *reasons]))
-
-
-# ------------------------------------------------------------------------------------ balance
 
 
 def partition(costs: list[float], num_stages: int) -> list[int]:
     """Where to cut a row of layers into stages so that the slowest stage is as fast as it can be.
 
-    Returns the number of layers in each stage, at least one. Exact, by dynamic programming over the
-    first layers and stages: PipeDream's planner (SOSP 2019, section 3.1) without replication and
-    without the time to send.
+    Returns the number of layers in each stage. Exact, by dynamic programming over the first layers
+    and stages, as PipeDream's planner (SOSP 2019, section 3.1) but without replicas and sending.
 
     >>> partition([1, 1, 1, 1, 4], 2)
     [4, 1]
     """
     sums = [0, *itertools.accumulate(costs)]
-    best = [0.0] + [math.inf] * len(costs)  # of the first so many layers, in no stage
-    cuts = []  # cuts[stages - 1][layers]: where the last of so many stages begins
+    best: list[tuple[float, list[int]]] = [(0, [])]  # of the first so many layers, in no stage
+    best += [(math.inf, [])] * len(costs)
     for stages in range(1, num_stages + 1):
-        longer, cut = [math.inf] * len(best), [0] * len(best)
-        before = stages - 1
+        longer, begin = [(math.inf, best[0][1])] * len(best), stages - 1
         for layers in range(stages, len(best)):
-
-            def slowest(begin: int, best=best, layers=layers) -> float:
-                return max(best[begin], sums[layers] - sums[begin])
-
             # More layers before the last stage: those before it slow down, it gets faster. So the
             # best place is where they meet, and moves only forward as layers are added.
-            while before + 1 < layers and slowest(before + 1) <= slowest(before):
-                before += 1
-            longer[layers], cut[layers] = slowest(before), before
+            while begin + 1 < layers and best[begin + 1][0] <= sums[layers] - sums[begin]:
+                begin += 1
+            slowest, counts = max(best[begin][0], sums[layers] - sums[begin]), best[begin][1]
+            longer[layers] = slowest, [*counts, layers - begin]
         best = longer
-        cuts.append(cut)
-    counts, layers = [], len(costs)
-    for stages in range(num_stages, 0, -1):
-        counts.append(layers - cuts[stages - 1][layers])
-        layers = cuts[stages - 1][layers]
-    return counts[::-1]
+    return best[-1][1]
 
 
 def uneven_layers(config: dict) -> list[nn.Module]:
@@ -735,158 +723,76 @@ def uneven_layers(config: dict) -> list[nn.Module]:
         return [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
 
 
-def measure_layers(layers: list[nn.Module], config: dict, repeats: int = 20) -> list[tuple]:
-    """Milliseconds of forward and backward of single layers: medians of warm runs."""
-    device = choose_device(config["device"])
-    images = config["batch_size"] // config["num_microbatches"]
-    times = []
-    for layer in layers:
-        layer = layer.to(device)
-        x = torch.randn(images, layer.in_features, device=device, requires_grad=True)
-        taken = []
-        for _ in range(3 + repeats):
-            start = now(device)
-            output = layer(x).sum()
-            middle = now(device)
-            output.backward()
-            taken.append((1000 * (middle - start), 1000 * (now(device) - middle)))
-        times.append(tuple(map(statistics.median, zip(*taken[3:], strict=True))))
-    return times
-
-
-def balance(config: dict, chunks_per_gpu: int) -> None:
+def balance(config: dict) -> None:
     """Measure the layers of a network whose layers differ; cut it evenly, and by their cost."""
-    if make_plan(config, chunks_per_gpu).config["num_stages"] != config["num_stages"]:
-        raise UserError(
-            f"{config['schedule']} has several stages on a GPU: balance cuts one for each"
-        )
-    times = measure_layers(uneven_layers(config), config)
-    costs = [forward + backward for forward, backward in times]
-    num_stages = config["num_stages"]
-    even = [config["layers_per_stage"]] * num_stages
-    print(f"{len(costs)} layers, milliseconds: " + " ".join(f"{cost:.3f}" for cost in costs))
-    table = [["", "layers a stage", "ms a stage", "ms a batch", "busy", "speed-up"]]
-    first = None
-    for name, counts in (("even", even), ("balanced", partition(costs, num_stages))):
-        ends = [*itertools.accumulate(counts)]
-        parts = [times[end - count : end] for count, end in zip(counts, ends, strict=True)]
-        forward, backward = (
-            [sum(layer[half] for layer in part) for part in parts] for half in (0, 1)
-        )
-        settings = {**config, "forward_time": forward, "backward_time": backward}
-        plan = make_plan(settings, chunks_per_gpu)
-        events = simulate(plan.schedule, plan.config)
-        batch = makespan(events) / config["num_batches"]
-        first = first or batch
-        stages = " ".join(f"{f + b:.3f}" for f, b in zip(forward, backward, strict=True))
-        cells = f"{batch:.3g}", f"{utilization(events):.1%}", f"{first / batch:.2f}x"
-        table.append([name, " ".join(map(str, counts)), stages, *cells])
+    plan = make_plan(config)
+    num_stages = plan.config["num_stages"]
+    if len(plan.schedule) != num_stages:
+        raise UserError(f"{plan.name}: a GPU holds several stages, but balance cuts one for each")
+    forward, backward = measure_stages(plan.config, uneven_layers(plan.config))
+    costs = [f + b for f, b in zip(forward, backward, strict=True)]
+    print(f"{count(len(costs), 'layer')}, ms:", format_per_gpu([f"{c:.3f}" for c in costs], 10))
+    table = [["cut", "layers", "ms of each stage", "ms per batch", "busy", "speed-up"]]
+    even, cuts = [plan.config["layers_per_stage"]] * num_stages, partition(costs, num_stages)
+    batches = []
+    for name, sizes in (("even", even), ("balanced", cuts)):
+        ends = [*itertools.accumulate(sizes)]
+        parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        settings = {"forward_time": [sum(forward[part]) for part in parts]}
+        settings["backward_time"] = [sum(backward[part]) for part in parts]
+        events = make_plan({**config, **settings}).events
+        batches.append(makespan(events) / config["num_batches"])
+        stages = format_per_gpu([f"{sum(costs[part]):.3g}" for part in parts])
+        cells = stages, f"{batches[-1]:.3g}", f"{utilization(events):.1%}"
+        speed_up = f"{batches[0] / batches[-1]:.2f}x"
+        table.append([name, format_per_gpu(sizes, 8), *cells, speed_up])
     print("\n".join(format_table(table)))
-
-
-# -------------------------------------------------------------------------------------- trace
-
-
-def trace(config: dict, chunks_per_gpu: int, path: Path) -> None:
-    """The simulated run as a Chrome trace: open it at ui.perfetto.dev or chrome://tracing."""
-    plan = make_plan(config, chunks_per_gpu)
-    events = simulate(plan.schedule, plan.config)
-    content = {"traceEvents": [*trace_events(plan, events)], "displayTimeUnit": "ms"}
-    save(path, lambda part: part.write_text(json.dumps(content), "utf-8"))
-    print(
-        f"{path}: {plan.name}, {len(content['traceEvents']):,} events; open it at ui.perfetto.dev"
-    )
-
-
-def trace_events(plan: Plan, events: list[Event]) -> Iterable[dict]:
-    """A track a GPU, an event an op, arrows for what is sent, counters for what is held.
-
-    A time unit of the simulation is a millisecond of the trace, whose own unit is the microsecond.
-    """
-    for device in range(len(plan.schedule)):
-        name = {"name": f"GPU{device}"}
-        yield {"ph": "M", "name": "process_name", "pid": device, "args": name}
-    at = {}
-    for op, device, start, end in events:
-        at[op.stage, op.kind, op.microbatch] = device, start, end
-        if op.kind == "U":
-            args = {"version": f"v{op.version} -> v{op.version + 1}"}
-            yield {"ph": "i", "s": "p", "name": f"update stage {op.stage}", "pid": device, "tid": 0,
-                   "ts": 1000 * start, "args": args}  # fmt: skip
-        else:
-            args = {"stage": op.stage, "microbatch": op.microbatch, "version": op.version}
-            yield {"ph": "X", "name": str(op), "cat": KINDS[op.kind], "pid": device, "tid": 0,
-                   "ts": 1000 * start, "dur": 1000 * (end - start), "args": args}  # fmt: skip
-    number = itertools.count()
-    for (stage, kind, m), (device, start, end) in at.items():
-        to = (stage + 1, ["F"]) if kind == "F" else (stage - 1, ["B", "I"])
-        for receiver in [at.get((to[0], other, m)) for other in to[1] if kind in "FBI"]:
-            if receiver and receiver[0] != device:
-                flow = {"name": "activations" if kind == "F" else "gradients", "cat": "sent",
-                        "id": next(number), "tid": 0}  # fmt: skip
-                yield {**flow, "ph": "s", "pid": device, "ts": 1000 * (start + end) / 2}
-                there = 1000 * (receiver[1] + receiver[2]) / 2
-                yield {**flow, "ph": "f", "bp": "e", "pid": receiver[0], "ts": there}
-    ended = {event.op: event.end for event in events}
-    for device, row in enumerate(plan.schedule):
-        for op, (in_flight, alive) in zip(row, memory_held(row), strict=True):
-            each = " (of each stage)" if len({op.stage for op in row}) > 1 else ""
-            held = {f"microbatches in flight{each}": in_flight, f"weight versions{each}": alive}
-            for name, count in held.items():
-                yield {"ph": "C", "name": name, "pid": device, "ts": 1000 * ended[op],
-                       "args": {"count": count}}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- main
 
-COMMANDS: dict[str, Callable] = {
-    "compare": compare,
-    "export": export,
-    "profile": profile,
-    "balance": balance,
-    "trace": trace,
+COMMANDS: dict[str, tuple[Callable, dict]] = {  # -> (function, its flags besides the config's)
+    "compare": (compare, {"--out": {"type": Path, "metavar": "DIR", "help": "for the picture"}}),
+    "export": (export, {"file": {"type": Path, "metavar": "my.csv"}}),
+    "profile": (profile, {}),
+    "balance": (balance, {}),
+    "trace": (trace, {"file": {"type": Path, "metavar": "run.json"}}),
 }
-FILES = {
-    "export": "my.csv",
-    "trace": "run.json",
-}  # commands that write the file that they are given
 
 
 def parse_lab_config(
-    parser: argparse.ArgumentParser, argv: list[str] | None = None
-) -> tuple[dict, int, dict]:
-    """The checked config, chunks_per_gpu, and what other flags said. A CSV file sets its sizes."""
-    help = f"stages on a GPU, for interleaved (now {LAB_CONFIG['chunks_per_gpu']})"
-    parser.add_argument("--chunks_per_gpu", "--chunks-per-gpu", type=int, metavar="X", help=help)
-    config, other = parse_config(parser, argv, check=lambda config: None)
-    if isinstance(config["schedule"], str) and config["schedule"].endswith(".csv"):
-        config = with_sizes_of(read_csv(Path(config["schedule"])), config)
-    check_lab_config(config)
-    chunks = other.pop("chunks_per_gpu", LAB_CONFIG["chunks_per_gpu"])
-    if not is_whole(chunks, 1, 10**6):
-        raise UserError(f"chunks_per_gpu={chunks!r} must be a whole number, 1 to 1,000,000")
-    return config, chunks, other
+    doc: str | None, argv: list | None = None, config=LAB_CONFIG, rules=LAB_RULES, other=None
+) -> tuple[dict, dict]:
+    """Like parse_config. A CSV file sets num_stages and num_microbatches; flags must agree."""
+    if not isinstance(config, dict):
+        check_lab_config(config, rules)
+    doc = f"{doc}\n\nOne more flag: --chunks_per_gpu, the stages on each GPU for interleaved."
+    not_given = object()
+    sizes: dict = dict.fromkeys(("num_stages", "num_microbatches"), not_given)
+    given, flags = parse_config(doc, argv, {**config, **sizes}, lambda config: None, other)
+    given = {key: value for key, value in given.items() if value is not not_given}
+    file = file_of(given)
+    sizes = sizes_of(read_csv(file)) if file else {}
+    for key, size in sizes.items():
+        if given.get(key, size) != size:
+            file_has = f"in {str(file)[-200:]} it is {size}"
+            raise UserError(f"{key}={shown(given[key])}, but {file_has}: leave out the flag")
+    config = {**config, **given, **sizes}
+    check_lab_config(config, rules)
+    return config, flags
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in ("", "-h", "--help"):
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
         print(__doc__)
         return
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f": it must be one of {', '.join(COMMANDS)}"
-        raise UserError(f"unknown command {name!r}{hint}")
-    parser = make_parser(COMMANDS[name].__doc__)
-    parser.prog = f"{Path(sys.argv[0]).name} {name}"
-    if name in FILES:
-        parser.add_argument("file", type=Path, metavar=FILES[name], help="the file to write")
-    if name == "compare":
-        parser.add_argument("--out", type=Path, metavar="DIR", help="folder for schedules.png")
-    config, chunks, other = parse_lab_config(parser, sys.argv[2:])
-    extra = [other["file"]] if name in FILES else []
-    if name == "compare":
-        extra = [other.get("out", Path())]
-    COMMANDS[name](config, chunks, *extra)
+        raise UserError(f"unknown command {shown(name)}{hint}")
+    command, other = COMMANDS[name]
+    config, flags = parse_lab_config(command.__doc__, sys.argv[2:], other=other)
+    command(config, *flags.values())
 
 
 if __name__ == "__main__":

@@ -606,8 +606,10 @@ def peak_in_flight(schedule: Schedule) -> list[int]:
 
 
 def peak_versions(schedule: Schedule) -> list[int]:
-    """The most weight versions that each device holds at once."""
-    return [max(alive for _, alive in memory_held(row)) for row in schedule]
+    """The most weight versions that each device holds at once, of each of its stages."""
+    stages = [len({op.stage for op in row}) for row in schedule]
+    alive = [max(alive for _, alive in memory_held(row)) for row in schedule]
+    return [total // per_device for total, per_device in zip(alive, stages, strict=True)]
 
 
 def mismatches(schedule: Schedule) -> list[Op]:

@@ -2,6 +2,7 @@
 
 import types
 
+from torch.distributed.pipelining import _backward
 from torch.distributed.pipelining import schedules as theirs
 
 
@@ -76,3 +77,13 @@ def order_that_pytorch_loads(path, num_devices, num_stages, num_microbatches):
     runtime._load_csv(str(path))
     ranks = [runtime.pipeline_order_with_comms[rank] for rank in range(num_devices)]
     return [[str(action) for action in row if action.is_compute_op] for row in ranks]
+
+
+def halves_of_pytorch(module, x, output_gradient):
+    """(gradient of x, gradients of the weights) by its own split of a backward into I and W."""
+    weights = [*module.parameters()]
+    outputs = [module(x).clone()]  # it detaches them in place, which a view forbids
+    split = _backward.stage_backward_input(outputs, [output_gradient], [x], iter(weights))
+    x_gradients, groups = split
+    _backward.stage_backward_weight(iter(weights), groups)
+    return x_gradients[0], [w.grad for w in weights]
