@@ -488,10 +488,9 @@ def memory_formula(plan: Plan) -> list[Bytes]:
         weights.append(4 * sum(w.weight.numel() + w.bias.numel() for w in linears))
     peaks = []
     for row, versions in zip(plan.schedule, peak_versions(plan.schedule), strict=True):
-        own = {op.stage for op in row}
-        one = sum(weights[stage] for stage in own)
+        one = sum(weights[stage] for stage in {op.stage for op in row})
         held = itertools.accumulate(changes[op.stage][op.kind] for op in row)
-        peaks.append(Bytes(one * versions // len(own), max(held), one))
+        peaks.append(Bytes(one * versions, max(held), one))
     return peaks
 
 
@@ -499,7 +498,7 @@ def memory_formula(plan: Plan) -> list[Bytes]:
 
 COMPARE_LEGEND = """\
    From GPU0 to the last, each at its peak: microbatches in flight (interleaved:
-   each on one chunk), weight versions kept (one per chunk), and updates missed
+   each on one chunk of the GPU), weight versions kept, and updates missed
    (stale). KiB: bytes that exist, counted; in all: activations, weights and
    their gradients. loss: of the last batch. to SGD: the largest difference of
    a weight from plain training without a pipeline, in float64."""
