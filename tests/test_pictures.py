@@ -1,11 +1,16 @@
 """The pictures show the simulated run: bars, labels, titles, strips; and how they are saved."""
 
+import fcntl
 import itertools
 import os
 import re
+import signal
+import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import pytest
@@ -15,7 +20,9 @@ from PIL import Image
 import pipedream_visual
 from pipedream_simple import (
     CONFIG,
+    Audit,
     Op,
+    UserError,
     build_schedule,
     peak_in_flight,
     run_main,
@@ -31,6 +38,7 @@ from pipedream_visual import (
     lifetimes,
     main,
     make_movie,
+    save,
     stale_reads,
 )
 
@@ -38,18 +46,17 @@ ROOT = Path(__file__).parent.parent
 SIZES = {
     "default": {},
     "2 x 2": {"num_stages": 2, "num_microbatches": 2},
-    "8 x 16": {"num_stages": 8, "num_microbatches": 16},
-    "16 x 64": {"num_stages": 16, "num_microbatches": 64, "batch_size": 64, "num_batches": 3},
-    "1 stage": {"num_stages": 1},
+    "8 x 16": {"num_stages": 8, "num_microbatches": 16, "num_batches": 3},
+    "16 x 64": {"num_stages": 16, "num_microbatches": 64, "batch_size": 64, "num_batches": 2},
+    "nine": {"num_microbatches": 9, "num_batches": 3, "batch_size": 36},
+    "1 of all": {"num_stages": 1, "num_microbatches": 1, "num_batches": 1},
     "1 microbatch": {"num_microbatches": 1, "num_batches": 8},
-    "1 batch": {"num_batches": 1},
+    "1 batch": {"num_batches": 1, "forward_time": 1e-9, "backward_time": 3e-9},
     "M < S": {"num_stages": 6, "num_microbatches": 2},
     "uneven": {"num_stages": 3, "forward_time": [1, 2, 0.5], "backward_time": 2, "comm_time": 0.25},
     "no stashing": {"num_microbatches": 1, "num_batches": 8, "weight_stashing": False},
     "vertical sync": {"num_microbatches": 2, "vertical_sync": True},
-    "flush": {"schedule": "gpipe", "backward_time": 2},
-    "tiny times": {"forward_time": 1e-9, "backward_time": 3e-9},
-    "huge times": {"forward_time": 1e12, "backward_time": 1e12},
+    "flush": {"schedule": "gpipe", "forward_time": 5e11, "backward_time": 1e12},
 }
 
 
@@ -64,14 +71,14 @@ def figures():
             with house_style():
                 drawn[size] = {name: draw(config) for name, draw in PICTURES.items()}
                 for figure in drawn[size].values():
-                    figure.canvas.draw()
+                    figure.draw_without_rendering()  # places texts, legends and ticks
         return drawn[size]
 
     return get
 
 
-def collections(axes, gid):
-    return [c for c in axes.collections if c.get_gid() == gid]
+def collections(axes, name):
+    return [c for c in axes.collections if name in (c.get_gid(), c.get_label())]
 
 
 def boxes(collection):
@@ -236,33 +243,32 @@ def test_the_strip_counts_the_gpus_that_work(figures, size):
         assert dark == [height == config["num_stages"] for *_, height in steps]
 
 
+def storages(weights):
+    return {w.untyped_storage().data_ptr() for w in weights.values()}
+
+
 @pytest.mark.parametrize("size", SIZES)
-def test_the_memory_strips_hold_what_the_trainer_held(size):
-    """The trainer counts live weight dicts and microbatches; the strips come from the rows."""
+def test_lifetimes_are_those_of_the_tensors_that_the_trainer_holds(size):
+    """Counted: the storages that its versions and its stash refer to."""
     config, schedule, events = run_of(size)
-    held = {}  # op -> (versions, microbatches in flight) on its stage, after it
+    held = {}  # op -> versions in memory on its stage, after it
 
     def watch(op, worker):
-        held[op] = len(worker.versions), len(worker.in_flight)
+        stash = [weights for _, _, weights in worker.in_flight.values()]
+        kept = set().union(*map(storages, [*worker.versions.values(), *stash]))
+        held[op] = len(kept) / len(worker.versions[max(worker.versions)])
 
     small = {"hidden_size": 4, "layers_per_stage": 1, "device": "cpu"}
     train({**config, **small}, watch=watch)
     ended = {event.op: event.end for event in events}
-    lives = lifetimes(schedule, events)
-    at = pipedream_visual.held_at(schedule, events)
     checked = 0
-    for device, row in enumerate(schedule):
-        mine = [life for life in lives if life.device == device]
+    for row, lives in zip(schedule, lifetimes(schedule, events), strict=True):
         for op, following in itertools.pairwise(row):
             if ended[following] > ended[op]:
                 middle = (ended[op] + ended[following]) / 2
-                versions = sum(life.start < middle < life.end for life in mine)
-                assert versions == held[op][0]
-                names, in_flight = at(middle)[device]
-                many = re.search(r"\((\d+)\)", names)
-                count = int(many[1]) if many else len(names.split())
-                assert (count, int(in_flight)) == held[op]
-                stashed = sum(life.superseded < middle < life.end for life in mine)
+                versions = sum(life.start < middle < life.end for life in lives)
+                assert versions == held[op]
+                stashed = sum(life.superseded < middle < life.end for life in lives)
                 assert stashed == versions - 1  # exactly one is the newest
                 checked += 1
     assert checked
@@ -276,14 +282,21 @@ def test_the_drawn_versions_are_their_lifetimes(figures, size):
         strict=True,
     ):
         _, schedule, events = run_of(size, **settings)
-        lives = lifetimes(schedule, events)
-        newest = [(x, end, int(top)) for x, end, top, _ in boxes(collections(axes, "newest")[0])]
-        stashed = [(x, end, int(top)) for x, end, top, _ in boxes(collections(axes, "stashed")[0])]
-        assert newest == [(life.start, life.superseded, life.device) for life in lives]
-        assert stashed == [
-            (life.superseded, life.end, life.device) for life in lives if life.end > life.superseded
-        ]
-        drawn = [box for gid in ("newest", "stashed") for box in boxes(collections(axes, gid)[0])]
+        over = max(event.end for event in events)
+        lives = [(d, life) for d, of in enumerate(lifetimes(schedule, events)) for life in of]
+        newest, stashed = (
+            [
+                (x, end, int(top))
+                for bars in collections(axes, name)
+                for x, end, top, _ in boxes(bars)
+            ]
+            for name in ("newest version", "old version, kept (stashed)")
+        )
+        assert newest == [(life.start, min(life.superseded, over), d) for d, life in lives]
+        old = [(d, life) for d, life in lives if life.end > life.superseded]
+        assert stashed == [(life.superseded, life.end, d) for d, life in old]
+        names = "newest version", "old version, kept (stashed)"
+        drawn = [b for name in names for bars in collections(axes, name) for b in boxes(bars)]
         for a, b in itertools.combinations(drawn, 2):  # versions never lie on one another
             apart = a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2]
             assert apart
@@ -319,7 +332,7 @@ def test_the_outlined_ops_read_an_old_version_and_the_crossed_ones_the_wrong_one
     assert not collections(unstashed, "reads a stashed version")
 
 
-@pytest.mark.parametrize("size", ["default", "2 x 2", "uneven", "1 microbatch", "1 stage"])
+@pytest.mark.parametrize("size", ["default", "2 x 2", "uneven", "1 microbatch", "1 of all"])
 def test_the_names_in_and_beside_the_lanes_are_theirs(figures, size):
     for figure in list(figures(size).values())[:4]:
         for axes in figure.axes:
@@ -331,9 +344,10 @@ def test_the_names_in_and_beside_the_lanes_are_theirs(figures, size):
     _, schedule, events = run_of(size)
     texts = {(t.get_position()[0], int(t.get_position()[1])): t.get_text() for t in axes.texts}
     edge = axes.get_xlim()[1]
-    for life in lifetimes(schedule, events):
-        if life.superseded <= edge and (life.superseded - life.start) * 20 > edge:
-            assert texts[(life.start + life.superseded) / 2, life.device] == f"v{life.version}"
+    for device, lives in enumerate(lifetimes(schedule, events)):
+        for version, life in enumerate(lives):
+            if life.superseded <= edge and (life.superseded - life.start) * 20 > edge:
+                assert texts[(life.start + life.superseded) / 2, device] == f"v{version}"
 
 
 @pytest.mark.parametrize("size", ["default", "2 x 2", "uneven", "1 microbatch", "M < S"])
@@ -378,8 +392,8 @@ def test_marks_and_strips_of_the_versions_picture_are_the_rows(figures, size):
     assert drawn == sorted(expected)
     other = run_of(size, schedule="pipedream" if size == "flush" else "1f1b")[1]
     most = max(max(peak_in_flight(rows)) for rows in (schedule, other))
-    for device in range(len(schedule)):
-        (strip,) = collections(axes, f"in flight {device}")
+    strips = collections(axes, "microbatches in flight")
+    for device, strip in enumerate(strips):
         path = strip.get_paths()[0]
         mine = [e for e in events if e.device == device and e.op.kind in "FB"]
         times = sorted({0, *(e.end for e in mine)})
@@ -389,6 +403,7 @@ def test_marks_and_strips_of_the_versions_picture_are_the_rows(figures, size):
             inside = path.contains_point((middle, device + 0.97 - 0.17 * (held - 0.5) / most))
             assert inside == (held > 0)
             assert not path.contains_point((middle, device + 0.97 - 0.17 * (held + 0.5) / most))
+    assert len(strips) == len(schedule)
     assert {t.get_text() for t in axes.texts} >= {f"max {n}" for n in peak_in_flight(schedule)}
 
 
@@ -408,11 +423,14 @@ def test_the_example_is_bracketed_from_its_forward_to_its_backward(figures):
 def test_the_legend_looks_like_what_it_names(figures):
     legend = figures("default")["weight_versioning"].legends[0]
     axes = figures("default")["weight_versioning"].axes[0]
-    patches = {handle.get_label(): handle for handle in legend.get_patches()}
-    newest, stashed = patches["newest version"], patches["old version, kept (stashed)"]
-    assert newest.get_facecolor() == tuple(collections(axes, "newest")[0].get_facecolor()[0])
-    assert newest.get_hatch() is None
-    assert stashed.get_hatch() == collections(axes, "stashed")[0].get_hatch() is not None
+    names = [text.get_text() for text in legend.get_texts()]
+    patches = dict(zip(names, legend.legend_handles, strict=True))
+    for name in ("newest version", "old version, kept (stashed)", "reads a stashed version"):
+        (drawn,) = collections(axes, name)
+        assert patches[name].get_hatch() == drawn.get_hatch()
+        assert patches[name].get_facecolor() == pytest.approx(
+            tuple(drawn.get_facecolor()[0]) if len(drawn.get_facecolor()) else (0, 0, 0, 0)
+        )
 
 
 def test_uneven_stages_have_the_sentences_of_their_own_run(figures):
@@ -428,8 +446,11 @@ def test_uneven_stages_have_the_sentences_of_their_own_run(figures):
 
 def test_a_flush_draws_one_version_and_nothing_stashed(figures):
     axes = figures("default")["weight_versioning"].axes[1]
-    assert boxes(collections(axes, "stashed")[0]) == []
-    assert [t.get_text() for t in axes.texts if "max" in t.get_text()][::2] == ["max 1"] * 4
+    assert not collections(axes, "old version, kept (stashed)")
+    beside = [t for t in axes.texts if "max" in t.get_text()]
+    beside.sort(key=lambda text: text.get_position()[1])  # from the top: versions, in flight
+    assert [text.get_text() for text in beside][::2] == ["max 1"] * 4
+    assert [text.get_text() for text in beside][1::2] == ["max 4", "max 3", "max 2", "max 1"]
 
 
 # ------------------------------------------------------------------------- what the titles say
@@ -444,13 +465,12 @@ def said(figure):
 
 
 @pytest.mark.parametrize(
-    ("stages", "count", "batches"), [(4, 4, 5), (4, 9, 3), (2, 2, 5), (3, 8, 2), (6, 2, 4)]
+    "size", ["default", "2 x 2", "8 x 16", "nine", "1 microbatch", "M < S", "vertical sync"]
 )
-def test_the_figures_in_the_titles_are_those_of_the_closed_forms(stages, count, batches):
-    sizes = {"num_stages": stages, "num_microbatches": count, "num_batches": batches}
-    config = {**CONFIG, **sizes, "batch_size": count}
-    with house_style():
-        drawn = {name: draw(config) for name, draw in PICTURES.items()}
+def test_the_figures_in_the_titles_are_those_of_the_closed_forms(figures, size):
+    config, drawn = {**CONFIG, **SIZES[size]}, figures(size)
+    stages, count = config["num_stages"], config["num_microbatches"]
+    batches = config["num_batches"]
     flush = count / (count + stages - 1)
     stream = count * batches / (count * batches + stages - 1)
     assert f"1 of {stages} GPUs at work, {1 / stages:.1%} utilization" in title(
@@ -465,7 +485,7 @@ def test_the_figures_in_the_titles_are_those_of_the_closed_forms(stages, count, 
     )
     if count >= stages:
         first, last = stages - 1, count
-        assert f"all {stages} GPUs at work from t{first} to t{last}" in title(
+        assert f"{stages} GPUs at work from t{first} to t{last}" in title(
             drawn["microbatch_forward"]
         )
         turn = count + stages - 1
@@ -473,24 +493,22 @@ def test_the_figures_in_the_titles_are_those_of_the_closed_forms(stages, count, 
     else:
         assert f"{count} of {stages} GPUs" in title(drawn["microbatch_forward"])
     versions = said(drawn["weight_versioning"])
-    assert f"{2 * (count * batches + stages - 1)} time units at {stream:.1%}" in versions
-    assert f"{2 * batches * (count + stages - 1)} time units at {flush:.1%}" in versions
+    assert f"in {2 * (count * batches + stages - 1)} time units, {stream:.1%}" in versions
+    assert f"in {2 * batches * (count + stages - 1)} time units, {flush:.1%}" in versions
     expected = f"GPU utilization: {1 / stages:.1%} → {flush:.1%} → {stream:.1%}"
     assert title(drawn["utilization_comparison"]) == expected
 
 
-def test_nine_microbatches_and_three_batches_show_the_often_quoted_figures():
-    config = {**CONFIG, "num_microbatches": 9, "num_batches": 3, "batch_size": 36}
-    figure = PICTURES["utilization_comparison"](config)
+def legend_of(figure):
+    return [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+
+
+def test_nine_microbatches_and_three_batches_show_the_round_figures(figures):
+    figure = figures("nine")["utilization_comparison"]
     assert title(figure) == "GPU utilization: 25.0% → 75.0% → 90.0%"
-    legend = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
-    assert [entry[:14] for entry in legend[1:]] == [
-        "n = 1: 25.0%  ",
-        "n = 9: 75.0%  ",
-        "n = 27: 90.0% ",
-    ]
-    assert "75% by the formula" in legend[2]
-    assert "90% by the formula" in legend[3]
+    places = [entry.split("  ")[0] for entry in legend_of(figure)[1:]]
+    assert places == ["n = 1: 25.0%", "n = 9: 75.0%", "n = 27: 90.0%"]
+    assert [entry.count("\n") for entry in legend_of(figure)[1:]] == [0, 1, 1]  # two names each
 
 
 def test_the_marks_lie_on_the_formula_and_the_bars_are_the_marks(figures):
@@ -511,31 +529,55 @@ def test_the_marks_lie_on_the_formula_and_the_bars_are_the_marks(figures):
     ]
     captions = [label.get_text().split("\n")[0] for label in bars_axes.get_xticklabels()]
     assert captions == ["naive", "1F1B", "PipeDream"]
-    assert [text.get_text() for text in curve.get_legend().get_texts()] == [
-        "formula n / (n + 3)",
-        "n = 1: 25.0%  naive",
-        "n = 4: 57.1%  1F1B: a batch, then a flush",
-        "n = 9: 75.0%  75% by the formula, a figure often quoted",
-        "n = 20: 87.0%  PipeDream: 5 batches without a flush",
-        "n = 27: 90.0%  90% by the formula, a figure often quoted",
-    ]
-    assert "All of them are one formula" in said(curve.figure)
-    off = figures("uneven")["utilization_comparison"]
-    assert "All of them are one formula" not in said(off)
+    names = [re.split(r"  |: ", entry)[:3] for entry in legend_of(curve.figure)[1:]]
+    assert [n for n, *_ in names] == ["n = 1", "n = 4", "n = 9", "n = 20", "n = 27"]
+    assert [part for _, part, _ in names] == ["25.0%", "57.1%", "75.0%", "87.0%", "90.0%"]
+    assert [names[i][2] for i in (0, 1, 3)] == captions
+    assert len(curve.figure.texts) == 3  # equal stages: nothing differs from the formula
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_unequal_stages_may_lie_above_the_formula_or_below(microbatches):
+    times = {"forward_time": [5, 2], "backward_time": [5, 3]}
+    config = {**CONFIG, "num_stages": 2, "num_microbatches": microbatches, **times}
+    figure = PICTURES["utilization_comparison"](config)
+    gaps = []
+    for line in figure.axes[1].lines:
+        if line.get_marker() != "None":
+            (n,), (part,) = line.get_data()
+            gaps.append(100 * (part - n / (n + 1)))
+    assert (max(gaps) > 8) == (microbatches == 2)  # 15 + 5 * (M - 1) units of 10 * M + 5 * M
+    found = re.search(r"by ([-+][\d.]+) to ([-+][\d.]+) points", figure.texts[3].get_text())
+    assert found.groups() == (f"{min(gaps):+.1f}", f"{round(max(gaps), 1) + 0:+.1f}")
+
+
+def test_one_gpu_one_batch_one_microbatch_are_singular(figures):
+    plural = re.compile(r"(?<![\d.,])1 (GPUs|batches|microbatches|backwards)")
+    for size in ("1 of all", "1 batch", "1 microbatch"):
+        for figure in figures(size).values():
+            legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
+            texts = [text for legend in legends if legend for text in legend.get_texts()]
+            for text in [*figure.texts, *texts]:
+                assert not plural.search(text.get_text())
+    with house_style():
+        movie, _, show = make_movie({**CONFIG, **SIZES["1 of all"]})
+    show(2)
+    assert not plural.search(said(movie))
 
 
 def test_the_example_of_the_fourth_picture_is_true(figures):
     figure = figures("default")["weight_versioning"]
     found = re.search(
-        r"On GPU(\d+), F(\d+) read v(\d+); v(\d+) comes at t(\d+); B(\d+) reads v(\d+) again.*"
+        r"On GPU(\d+), F(\d+) read v(\d+), v(\d+) came at t(\d+), and B(\d+) still reads v(\d+).*"
         r"v(\d+) is kept until t(\d+)",
         said(figure),
     )
     gpu, forward, read, newer, made, backward, again, kept, until = map(int, found.groups())
-    run = train(CONFIG)
+    audit = Audit(CONFIG)
+    train({**CONFIG, "device": "cpu"}, watch=audit)  # what the tensors say
     assert forward == backward
-    assert run.versions_read[gpu, "F", forward] == read == again == kept
-    assert run.versions_read[gpu, "B", forward] == read
+    assert audit.read[gpu, "F", forward] == read == again == kept
+    assert audit.read[gpu, "B", forward] == read
     _, _, events = run_of("default")
     at = {str(e.op): e for e in events if e.device == gpu}
     assert newer == read + 1
@@ -593,8 +635,8 @@ def test_the_legends_list_what_is_drawn_and_nothing_else(figures):
     assert "other weights" not in entries("default", "weight_versioning")
     assert "stashed version" not in entries("no stashing", "weight_versioning")
     assert "other weights" in entries("no stashing", "weight_versioning")
-    assert "activations" not in entries("1 stage", "naive_pipeline")
-    assert "idle" not in entries("1 stage", "naive_pipeline")
+    assert "activations" not in entries("1 of all", "naive_pipeline")
+    assert "idle" not in entries("1 of all", "naive_pipeline")
     assert "idle" in entries("default", "naive_pipeline")
 
 
@@ -652,10 +694,10 @@ def test_the_number_of_artists_does_not_grow_with_the_number_of_ops():
     def count(num_microbatches):
         sizes = {"num_microbatches": num_microbatches, "batch_size": num_microbatches}
         with house_style():
-            figure = PICTURES["microbatch_forward"]({**CONFIG, "num_stages": 16, **sizes})
+            figure = PICTURES["microbatch_forward"]({**CONFIG, **sizes})
         return len(figure.findobj()) - len(figure.axes[0].xaxis.get_ticklabels()) * 20
 
-    assert count(512) <= count(256) + 100
+    assert count(256) <= count(128) + 100
 
 
 # ----------------------------------------------------------------------------- how it is saved
@@ -673,34 +715,84 @@ def program(monkeypatch, capsys):
     return run
 
 
+PNGS = sorted(f"{name}.png" for name in PICTURES)
+SMALL = ["--num_stages", "2", "--num_batches", "2"]
+
+
+@pytest.fixture
+def old_set(tmp_path):
+    """Five old pictures, and a function that tells whether they are as they were."""
+    for name in PNGS:
+        (tmp_path / name).write_text(f"old {name}")
+
+    def untouched():
+        return {p.name: p.read_text() for p in tmp_path.iterdir()} == {n: f"old {n}" for n in PNGS}
+
+    return untouched
+
+
+def start(*flags, **options):
+    command = [sys.executable, str(ROOT / "pipedream_visual.py"), *map(str, flags)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
 def test_without_a_display_and_without_a_warning_five_pictures_come_into_the_current_folder(
     tmp_path,
 ):
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "MPLBACKEND": "TkAgg"}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "MPLBACKEND": "nonsense"}
+    environment["PYTHONWARNINGS"] = "error"
     environment.pop("DISPLAY", None)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "pipedream_visual.py"), "--num_stages", "2"],
-        cwd=tmp_path, env=environment, capture_output=True, timeout=120, text=True,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    assert sorted(os.listdir(tmp_path)) == sorted(f"{name}.png" for name in PICTURES)
-    assert done.stdout.splitlines()[::2] == [f"{name}.png" for name in PICTURES]
-    assert "GPU utilization: 50.0% -> 80.0% -> 95.2%" in done.stdout
+    run = start("--num_stages", 2, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    out, err = run.communicate(timeout=120)
+    assert (run.returncode, err) == (0, "")
+    assert sorted(os.listdir(tmp_path)) == PNGS
+    assert out.splitlines()[::2] == [f"{name}.png" for name in PICTURES]
+    assert "GPU utilization: 50.0% -> 80.0% -> 95.2%" in out
     for name in PICTURES:
         with Image.open(tmp_path / f"{name}.png") as image:
             image.load()
-            assert image.text["Title"].replace("→", "->") in done.stdout
+            assert image.text["Title"].replace("→", "->") in out
+
+
+def test_a_reader_that_has_seen_enough_still_gets_all_files(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does
+    with start("--out", tmp_path / "new", *SMALL, stdout=writer) as run:
+        os.close(writer)
+        assert run.communicate(timeout=120)[1] == ""
+    assert run.returncode == 0
+    assert sorted(os.listdir(tmp_path / "new")) == PNGS
+
+
+def test_stopped_by_sigterm_nothing_is_left_and_nothing_changed(tmp_path, old_set):
+    with start("--animate", "--out", tmp_path) as run:
+        while run.poll() is None and not [n for n in os.listdir(tmp_path) if "part" in n]:
+            sleep(0.01)
+        run.send_signal(signal.SIGTERM)
+        err = run.communicate(timeout=60)[1]
+    assert (run.returncode, err.count("\n")) == (130, 1)
+    assert old_set()
 
 
 def test_out_makes_the_folder_and_quiet_only_names_the_files(tmp_path, program):
     folder = tmp_path / "a" / "b"
-    status, out, err = program("--out", folder, "--num_stages", 2, "--verbose", "False")
+    status, out, err = program("--out", folder, *SMALL, "--verbose", "False")
     assert (status, err) == (0, "")
     assert out.split() == [str(folder / f"{name}.png") for name in PICTURES]
-    assert sorted(os.listdir(folder)) == sorted(f"{name}.png" for name in PICTURES)
+    assert sorted(os.listdir(folder)) == PNGS
 
 
-@pytest.mark.parametrize("bad", [["--num_stages", 0], ["--out"], ["--outt", "x"], ["--animate=1"]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--num_stages", 0],
+        ["--out"],
+        ["--outt", "x"],
+        ["--animate=1"],
+        ["--comm_time", "1e12"],
+        ["--backward_time", "1e-8"],
+    ],
+)
 def test_bad_flags_get_one_line_and_make_no_folder(tmp_path, program, monkeypatch, bad):
     monkeypatch.chdir(tmp_path)
     status, out, err = program("--out", "new", *bad)
@@ -710,34 +802,144 @@ def test_bad_flags_get_one_line_and_make_no_folder(tmp_path, program, monkeypatc
 
 def test_a_folder_that_cannot_be_made_or_written_gets_one_line(tmp_path, program):
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "dir" / "naive_pipeline.png").mkdir(parents=True)
-    for folder in (
-        tmp_path / "file",
-        tmp_path / "file" / "x",
-        tmp_path / "dir",
-        tmp_path / ("x" * 300),
-    ):
-        status, out, err = program("--out", folder)
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("file", "file/x", "loop", "x" * 300):
+        status, out, err = program("--out", tmp_path / name, *SMALL)
         assert (status, out, err.count("\n")) == (2, "", 1)
-        assert str(folder) in err
+        assert str(tmp_path / name) in err
     assert (tmp_path / "file").read_text() == "mine"
-    assert os.listdir(tmp_path / "dir") == ["naive_pipeline.png"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_interrupted_or_on_a_full_disk_the_old_picture_stays_whole(
-    tmp_path, program, monkeypatch, error
+def make_folder(path):
+    path.mkdir()
+
+
+def make_loop(path):
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("make", [make_folder, make_loop, os.mkfifo])
+def test_a_last_target_that_is_no_regular_file_leaves_the_others_as_they_were(
+    tmp_path, old_set, program, make
 ):
-    def fails_half_way(figure, path, **settings):
-        Path(path).write_bytes(b"half")
-        raise error
+    last = tmp_path / list(PICTURES)[-1]
+    last = last.with_suffix(".png")
+    last.unlink()
+    make(last)
+    before = sorted(os.listdir(tmp_path))
+    status, out, err = program("--out", tmp_path, *SMALL)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert str(last) in err
+    assert sorted(os.listdir(tmp_path)) == before
+    assert all((tmp_path / n).read_text() == f"old {n}" for n in PNGS if n != last.name)
 
-    (tmp_path / "naive_pipeline.png").write_bytes(b"old")
-    monkeypatch.setattr(pipedream_visual.Figure, "savefig", fails_half_way)
-    status, _, err = program("--out", tmp_path)
-    assert (status, err.count("\n")) == (2 if isinstance(error, OSError) else 130, 1)
-    assert os.listdir(tmp_path) == ["naive_pipeline.png"]
-    assert (tmp_path / "naive_pipeline.png").read_bytes() == b"old"
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device"), 2),
+        (KeyboardInterrupt(), 130),
+        (UserError("no such picture"), 2),
+    ],
+)
+@pytest.mark.parametrize("folder", [".", "new/folder"])
+def test_a_run_that_fails_late_leaves_all_old_pictures_and_no_folder(
+    tmp_path, old_set, program, monkeypatch, error, expected, folder
+):
+    written = []
+
+    def savefig(figure, path, **settings):
+        Path(path).write_bytes(b"half")
+        written.append(path)
+        if len(written) == len(PICTURES):
+            raise error
+
+    monkeypatch.setattr(pipedream_visual.Figure, "savefig", savefig)
+    status, out, err = program("--out", tmp_path / folder, *SMALL)
+    assert (status, out, err.count("\n")) == (expected, "", 1)
+    assert len(written) == len(PICTURES)
+    assert old_set()
+
+
+def writes(text):
+    return lambda path: path.write_text(text)
+
+
+def test_saving_keeps_modes_follows_links_and_makes_folders(tmp_path):
+    plain, link, new = tmp_path / "plain", tmp_path / "link", tmp_path / "a" / "b" / "new"
+    plain.write_text("old")
+    plain.chmod(0o600)
+    (tmp_path / "elsewhere").mkdir()
+    link.symlink_to("elsewhere/target")  # which is not there yet
+    save({plain: writes("1"), link: writes("2"), new: writes("3")})
+    assert [path.read_text() for path in (plain, link, new)] == ["1", "2", "3"]
+    assert stat.S_IMODE(plain.stat().st_mode) == 0o600
+    assert link.is_symlink()
+    assert (tmp_path / "elsewhere" / "target").read_text() == "2"
+    assert sorted(os.listdir(tmp_path)) == ["a", "elsewhere", "link", "plain"]
+
+
+@pytest.mark.parametrize("alias", ["same", "link", "hard link"])
+def test_what_the_program_reads_is_never_replaced(tmp_path, alias):
+    mine, target = tmp_path / "mine", tmp_path / alias
+    mine.write_text("mine")
+    if alias == "link":
+        target.symlink_to(mine)
+    elif alias == "hard link":
+        target.hardlink_to(mine)
+    else:
+        target = mine
+    with pytest.raises(UserError, match=target.name):
+        save({tmp_path / "other": writes("1"), target: writes("2")}, read=[mine])
+    assert mine.read_text() == target.read_text() == "mine"
+    assert not (tmp_path / "other").exists()
+
+
+def test_two_names_of_one_file_are_refused(tmp_path):
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(UserError):
+        save({tmp_path / "a": writes("1"), tmp_path / "b": writes("2")})
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_a_failing_unlink_does_not_hide_why_nothing_was_written(tmp_path, monkeypatch):
+    def fails(path, **settings):
+        raise OSError(30, "Read-only file system")
+
+    def full(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "unlink", fails)
+    with pytest.raises(UserError, match="No space left"):
+        save({tmp_path / "a": full})
+
+
+def test_two_runs_into_one_folder_do_not_mix_their_sets(tmp_path):
+    """While another run renames its files (it has locked the folder), this one waits."""
+    names = [tmp_path / name for name in "abc"]
+    for path in names:
+        path.write_text("old")
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    drawn = threading.Event()
+
+    def last(path):
+        path.write_text("new")
+        drawn.set()
+
+    files = {names[0]: writes("new"), names[1]: writes("new"), names[2]: last}
+    run = threading.Thread(target=save, args=(files,))
+    run.start()
+    assert drawn.wait(10)
+    run.join(0.3)
+    assert run.is_alive()
+    assert [path.read_text() for path in names] == ["old"] * 3
+    os.close(other)
+    run.join(10)
+    assert [path.read_text() for path in names] == ["new"] * 3
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
 
 
 def test_importing_has_no_effect_and_own_settings_do_not_reach_the_pictures():
@@ -824,51 +1026,70 @@ def test_the_animation_counts_the_versions_up():
     versions = []
     for time in times:
         show(time)
-        beside = [
-            t.get_text()
-            for t in figure.axes[0].texts
-            if t.get_position()[0] > 1
-            and t.get_transform() != figure.axes[0].transData
-            and "v" in t.get_text()
-        ]
-        versions.append(beside)
+        beside = [t for t in figure.axes[0].texts if t.get_position()[0] > 1]
+        beside = [t for t in beside if t.get_transform() != figure.axes[0].transData]
+        versions.append([t.get_text() for t in beside if "v" in t.get_text()])
     assert versions[0] == ["v0"] * 4
     assert versions[15] == ["v0 v1", "v0 v1", "v0 v1", "v1"]
-    assert "5 of 5 batches are done" in figure.texts[1].get_text()
+    assert versions[-1] == ["v5"] * 4  # after the last update, on GPU0 in this moment
+    assert "5 of 5 batches" in figure.texts[1].get_text()
     for time in (7, 22):
         show(time)
         assert figure.axes[0].lines[-1].get_xdata() == [time, time]  # the cursor
-    assert figure.texts[1].get_text() == "t22: 2 of 5 batches are done"
+    assert figure.texts[1].get_text().startswith("t22: 2 of 5 batches")
 
 
 @pytest.mark.parametrize(
-    "times", [{}, {"comm_time": 0.1}, {"forward_time": 0.1, "backward_time": 0.3}]
+    "settings",
+    [
+        {"num_batches": 2, "comm_time": 0.1},
+        {"num_batches": 2, "forward_time": 0.1, "backward_time": 0.3},
+        {"num_microbatches": 1, "num_batches": 5},  # four versions at once
+    ],
 )
-def test_every_frame_says_what_is_done_and_held_at_its_time(times):
-    config = {**CONFIG, **times, "num_batches": 2}
+def test_every_frame_says_what_is_done_and_held_at_its_time(settings):
+    config = {**CONFIG, **settings}
     with house_style():
         figure, frames, show = make_movie(config)
     schedule = build_schedule(config)
     events = [e._replace(end=tick(e.end)) for e in simulate(schedule, config)]
-    at = pipedream_visual.held_at(schedule, events)
+    beside = figure.axes[0].texts[-16:]  # a name and a value for each strip of each GPU
+    versions, in_flight = beside[1:8:2], beside[9:16:2]
     for time in frames:
         show(time)
-        done = min(
-            sum(e.end <= time for e in events if e.op.kind == "U" and e.device == d)
-            for d in range(4)
-        )
-        assert f": {done} of 2 batches are done" in figure.texts[1].get_text()
-        for device, (_, in_flight) in enumerate(at(time)):
-            mine = [e.op.kind for e in events if e.device == device and e.end <= time]
-            assert int(in_flight) == mine.count("F") - mine.count("B")
-    assert figure.texts[1].get_text().endswith("2 of 2 batches are done")
+        mine = [[e.op for e in events if e.device == d and e.end <= time] for d in range(4)]
+        updates = [sum(op.kind == "U" for op in ops) for ops in mine]
+        assert f": {min(updates)} of {config['num_batches']} batches" in figure.texts[1].get_text()
+        for device, ops in enumerate(mine):
+            kinds = [op.kind for op in ops]
+            assert int(in_flight[device].get_text()) == kinds.count("F") - kinds.count("B")
+            later = [op.version for op in schedule[device] if op not in ops]
+            alive = {v for v in later if v <= updates[device]} | {updates[device]}
+            text = versions[device].get_text()
+            many = f"v{min(alive)}...v{max(alive)} ({len(alive)})"
+            names = " ".join(f"v{v}" for v in sorted(alive))
+            assert text == (many if len(alive) > 2 else names)
 
 
-def test_times_that_no_picture_can_show_get_one_line(tmp_path, program):
-    for flags in (["--comm_time", "1e12"], ["--backward_time", "1e-15"]):
-        status, _, err = program("--out", tmp_path, *flags)
-        assert (status, err.count("\n")) == (2, 1)
-        assert "differ too much for a picture" in err
+def test_no_frame_shows_what_comes_later():
+    """Right of the cursor the lanes are white up to the values beside them; the last has a mark."""
+    config = {**CONFIG, "num_stages": 2, "num_batches": 1}
+    with house_style():
+        figure, times, show = make_movie(config)
+        axes = figure.axes[0]
+        seen = {}
+        for time in (times[0], times[-2], times[-1]):
+            show(time)
+            figure.canvas.draw()
+            array = np.array(figure.canvas.buffer_rgba())[..., :3]
+            lanes = axes.get_window_extent()
+            rows = slice(round(array.shape[0] - lanes.y1), round(array.shape[0] - lanes.y0))
+            left = axes.transData.transform((time, 0))[0] + 6
+            right = lanes.x1 + 9  # marks are 5 pixels wide
+            seen[time] = array[rows, round(left) : round(right)]
+            edge = array[rows, round(lanes.x1) + 1]
+            assert (edge < 100).any() == (time == times[-1])
+    assert all((seen[time] == 255).all() for time in times[:1] + times[-2:-1])
 
 
 def test_a_movie_that_is_interrupted_leaves_the_old_one(tmp_path, program, monkeypatch):
@@ -881,14 +1102,16 @@ def test_a_movie_that_is_interrupted_leaves_the_old_one(tmp_path, program, monke
         return figure, times, show
 
     (tmp_path / "pipeline.gif").write_bytes(b"old")
+    monkeypatch.setattr(pipedream_visual, "PICTURES", {})
     monkeypatch.setattr(pipedream_visual, "make_movie", interrupted)
     status, _, err = program("--animate", "--num_batches", 1, "--out", tmp_path)
     assert (status, err.count("\n")) == (130, 1)
     assert (tmp_path / "pipeline.gif").read_bytes() == b"old"
-    assert not [name for name in os.listdir(tmp_path) if "part" in name]
+    assert os.listdir(tmp_path) == ["pipeline.gif"]
 
 
-def test_a_movie_can_be_written(tmp_path, program):
+def test_a_movie_can_be_written(tmp_path, program, monkeypatch):
+    monkeypatch.setattr(pipedream_visual, "PICTURES", {})
     flags = ["--num_stages", 2, "--num_microbatches", 1, "--num_batches", 2]
     status, out, err = program("--animate", "--out", tmp_path, *flags)
     assert (status, err) == (0, "")
