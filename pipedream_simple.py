@@ -659,10 +659,10 @@ class Audit:
     tensors, with what was in them by then. With gradients, each gradient is also compared with the
     true one: backpropagation through the network on copies of the weights that the forwards read.
 
-    read           (stage, kind, microbatch) -> version, for F and B; -1 if it is not kept any more
-    newest_then    (stage, microbatch) -> the newest version of the stage when the backward ran
-    error          (stage, microbatch) -> |gradient - true| / |true|; 0 with weight stashing
-    newest, losses so far, per stage and per batch
+    read            (stage, kind, microbatch) -> version, for F and B; -1 if it is no longer kept
+    newest_then     (stage, microbatch) -> the newest version of the stage when the backward ran
+    error           (stage, microbatch) -> |gradient - true| / |true|; 0 with weight stashing
+    newest, losses  so far, per stage and per batch
     """
 
     def __init__(self, config: dict, dtype: torch.dtype = torch.float32, gradients: bool = False):
@@ -1128,11 +1128,13 @@ def parse_config(
 
     other: name of a flag or an argument -> what argparse's add_argument wants to know of it.
     """
+    if not isinstance(config, dict):
+        check_config(config)  # says so
     source = Path(__file__).read_text("utf-8", "replace")
-    block = source[source.index("\nCONFIG = {") : source.index("\n}\n")]
+    block = re.search(r"\nCONFIG = \{.*?\n\}", source, re.S)
     parser = argparse.ArgumentParser(
         description=doc,
-        epilog=f"Every key of CONFIG is also a flag: --num_stages 8.\n{block}\n}}",
+        epilog=f"Every key of CONFIG is also a flag: --num_stages 8.\n{block[0] if block else ''}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
