@@ -2,8 +2,8 @@
 
 Two processes of one thread on two cores, on a network whose operations are long enough to measure.
 In every round rank 0 measures the forward and backward of the stages and trains on the batches by
-itself, while the other waits; then both train, with every schedule. A ratio is of times of
-one round, so that it holds on a machine that is busy with other things. Nothing here is asserted.
+itself, while the other one waits; then both train, with every schedule. Each ratio is taken within
+one round, so it holds on a machine that is busy with other things. Nothing here is asserted.
 """
 
 import statistics
@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipedream_distributed import gather, meet, one_process, run_rank, simulated_time
-from pipedream_lab import make_plan, measure_stages
-from pipedream_simple import CONFIG, SCHEDULES, format_table
+from pipedream_distributed import gather, one_process, run_rank, simulated_time
+from pipedream_lab import LAB_CONFIG, make_plan, measure_stages
+from pipedream_simple import SCHEDULES, format_table
 
 ROUNDS = 15
 SIZES = {"num_stages": 2, "hidden_size": 1024, "batch_size": 1024, "device": "cpu"}
@@ -33,9 +33,9 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     first, cpu = dist.get_rank() == 0, torch.device("cpu")
-    config = {**CONFIG, **SIZES}
+    config = {**LAB_CONFIG, **SIZES}
     num_batches = config["num_batches"]
-    plans = [make_plan({**config, "schedule": name}, 1) for name in SCHEDULES]
+    plans = [make_plan({**config, "schedule": name}) for name in SCHEDULES]
     real, simulated = {name: [] for name in SCHEDULES}, {name: [] for name in SCHEDULES}
     alone = {2: [], 1: []}  # threads -> milliseconds a batch
     for _ in range(ROUNDS):
@@ -43,16 +43,17 @@ def main() -> None:
             times = measure_stages(config)
             for threads, taken in alone.items():
                 torch.set_num_threads(threads)
-                taken.append(1000 * one_process(config, 2)[1] / num_batches)  # the first warms up
+                one_process(config)  # warms up
+                taken.append(1000 * one_process(config) / num_batches)
             torch.set_num_threads(1)
-        meet()
+        dist.barrier()
         for plan in plans:
             reports = gather(run_rank(plan, cpu, num_runs=2))
             if first:
                 simulated[plan.name].append(simulated_time(plan, *times))
                 real[plan.name].append(1000 * max(r.seconds[1] for r in reports) / num_batches)
     if first:
-        table = [["", "ms a batch", "simulated", "real / simulated", "speed-up", "simulated"]]
+        table = [["", "ms per batch", "simulated", "real / simulated", "speed-up", "simulated"]]
         for threads, name in ((1, "1 process, 1 thread"), (2, "1 process, 2 threads")):
             speed_ups = [a / b for a, b in zip(alone[1], alone[threads], strict=True)]
             table.append([name, spread(alone[threads], 0), "", "", spread(speed_ups, 2), ""])
@@ -73,7 +74,7 @@ def main() -> None:
         print(
             f"{ROUNDS} rounds of {num_batches} batches: hidden size {config['hidden_size']}, "
             f"{config['num_microbatches']} microbatches of "
-            f"{config['batch_size'] // config['num_microbatches']} images, 1 thread a process\n"
+            f"{config['batch_size'] // config['num_microbatches']} images, 1 thread per process\n"
         )
         print("\n".join(format_table(table)))
     dist.destroy_process_group()

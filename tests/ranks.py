@@ -1,10 +1,9 @@
 """A rank of the tests: torchrun --nproc-per-node 2 tests/ranks.py RUNS RESULTS
 
-RUNS is a JSON file with a list of [settings, chunks_per_gpu], run one after the other in one
-process group, since starting processes takes longer than all they do. Rank 0 saves a list in
-RESULTS: of every run the reports of the ranks, what they saw in memory, and the seconds that
-passed. At every operation a rank looks which weight versions still take memory, whether or not
-the stage knows of them.
+RUNS is a JSON file with a list of [config, fault], run one after the other in one process group,
+since starting processes takes longer than all they do. Rank 0 saves a list in RESULTS: for each
+run the reports of the ranks, what they saw in memory, and the seconds that passed. After every op a
+rank looks which weight versions still exist, whether or not the stage knows of them.
 """
 
 import json
@@ -19,51 +18,56 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pipedream_distributed
+from pipedream_distributed import VersionedStage
 from pipedream_lab import make_plan
 
-in_memory = []  # (stage, known versions, versions alive) at every operation
-landed_on = []  # (version, versions that have a gradient) after every backward
+in_memory = []  # (stage, known versions, versions that exist) after every op
 
 
-class WatchedStage(pipedream_distributed.VersionedStage):
-    def reset(self):
-        super().reset()
-        self.seen = {0: self.reference(0)}
+class WatchedStage(VersionedStage):
+    def note(self, kind, chunk, version):
+        if not self.done or not hasattr(self, "seen"):
+            self.seen = {}
+        for number, module in self.versions.items():
+            self.seen[number] = weakref.ref(next(module.parameters()))
+        alive = [number for number, reference in self.seen.items() if reference() is not None]
+        in_memory.append((self.stage_index, sorted(self.versions), sorted(alive)))
+        super().note(kind, chunk, version)
 
-    def reference(self, version):
-        return weakref.ref(next(self.versions[version].parameters()))
 
-    def update(self, read):
-        super().update(read)
-        self.seen[self.newest + 1] = self.reference(self.newest + 1)
+class Unstashed(VersionedStage):
+    """Forwards read the newest version instead of the one that their batch is pinned to."""
 
-    def select_version(self, kind, chunk):
-        super().select_version(kind, chunk)
-        alive = [version for version, reference in self.seen.items() if reference() is not None]
-        in_memory.append((self.stage_index, sorted(self.versions), alive))
+    def select_version(self, chunk):
+        super().select_version(chunk)
+        self.submod = self.versions[max(self.versions)]
 
-    def finish_backward(self):
-        """A gradient lands where the graph's weights are: that tells which version was read."""
-        landed = [v for v, m in self.versions.items() if next(m.parameters()).grad is not None]
-        landed_on.append((self.done[-1].version, landed))
-        super().finish_backward()
+
+class Hoarder(VersionedStage):
+    """Somebody holds on to every version that has ever been."""
+
+    def update(self, chunk):
+        super().update(chunk)
+        self.hoard = [*getattr(self, "hoard", []), self.submod]
+
+
+FAULTS = {"": WatchedStage, "unstashed": Unstashed, "hoarder": Hoarder}
 
 
 def main():
     runs, results = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
-    pipedream_distributed.VersionedStage = WatchedStage
     dist.init_process_group("gloo")
     saved = []
-    for settings, chunks in json.loads(runs.read_text()):
+    for config, fault in json.loads(runs.read_text()):
         in_memory.clear()
-        landed_on.clear()
-        plan, start = make_plan(settings, chunks), time.perf_counter()
+        pipedream_distributed.VersionedStage = FAULTS[fault]
+        plan, start = make_plan(config), time.perf_counter()
         report = pipedream_distributed.run_rank(plan, torch.device("cpu"), 2)
         elapsed = time.perf_counter() - start
         reports = pipedream_distributed.gather(report)
         memory = [None] * dist.get_world_size()
-        dist.all_gather_object(memory, (in_memory, landed_on))
+        dist.all_gather_object(memory, in_memory)
         saved.append((reports, memory, elapsed))
     if dist.get_rank() == 0:
         torch.save(saved, results)
