@@ -659,7 +659,7 @@ class Audit:
     tensors, with what was in them by then. With gradients, each gradient is also compared with the
     true one: backpropagation through the network on copies of the weights that the forwards read.
 
-    read            (stage, kind, microbatch) -> version, for F and B; -1 if it is no longer kept
+    read            (stage, kind, microbatch) -> version, of all but U; -1 if it is no longer kept
     newest_then     (stage, microbatch) -> the newest version of the stage when the backward ran
     error           (stage, microbatch) -> |gradient - true| / |true|; 0 with weight stashing
     newest, losses  so far, per stage and per batch
@@ -686,7 +686,7 @@ class Audit:
         if kind == "F":
             leaves = {id(leaf) for leaf in leaves_of(worker.in_flight[microbatch][1])}
             self.used[stage, microbatch] = leaves & self.version_of[stage].keys()
-        if kind in ("F", "B"):
+        if kind != "U":
             used = self.used[stage, microbatch]
             (self.read[op[:3]],) = {self.version_of[stage].get(tensor, -1) for tensor in used}
         if kind == "B":
