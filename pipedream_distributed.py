@@ -579,8 +579,10 @@ def run_process(plan: Plan, device: torch.device, config: dict) -> bool:
     try:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         patience = timedelta(seconds=config["timeout"] * 2 / 3)
-        dist.init_process_group(backend, timeout=patience)
-        alarm.cancel()
+        try:
+            dist.init_process_group(backend, timeout=patience)
+        finally:
+            alarm.cancel()
         first = dist.get_rank() == 0
         if first:
             with contextlib.suppress(BrokenPipeError):  # | head: go on, the other ranks wait
