@@ -36,11 +36,13 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
 from pipedream_simple import (
+    CAUSES,
     CONFIG,
     RULES,
     SCHEDULES,
     SUMMARY,
     Event,
+    Idle,
     Op,
     Residual,
     Run,
@@ -52,35 +54,45 @@ from pipedream_simple import (
     build_schedule,
     build_stages,
     check_config,
+    check_value,
     choose_device,
     count,
+    dependencies,
     format_per_gpu,
     format_table,
+    idle_times,
     input_of,
     makespan,
     memory_held,
     nearest,
     one_f_one_b,
     parse_config,
+    parse_value,
     peak_versions,
     per_stage,
     pin_versions,
     result_of,
     run_main,
+    short_name,
     shorten,
     shown,
     simulate,
     split_batches,
     staleness,
     summarize,
+    tick,
     train,
     utilization,
     variants,
 )
 
-LAB_CONFIG = {**CONFIG, "chunks_per_gpu": 3}  # stages on each GPU, for the interleaved schedule
+LAB_CONFIG = {
+    **CONFIG,
+    "chunks_per_gpu": 3,  # stages on each GPU, for the interleaved schedule
+    "in_flight": 0,  # microbatches in flight on GPU0, for 1f1b and pipedream; 0: num_stages
+}
 LAB_SCHEDULES = ("interleaved", "zb-h1")
-LAB_RULES = {**RULES, "chunks_per_gpu": (int, 1, 1_000_000)}
+LAB_RULES = {**RULES, "chunks_per_gpu": (int, 1, 1_000_000), "in_flight": (int, 0, 1_000_000)}
 
 
 # ---------------------------------------------------------------------------------- schedules
@@ -138,6 +150,25 @@ def zb_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Step]:
             yield stage, "W", m - stage
     for m in range(max(0, num_microbatches - stage), num_microbatches):
         yield stage, "W", m
+
+
+def limited(
+    stage: int, num_stages: int, num_microbatches: int, num_batches: int, in_flight: int
+) -> Iterator[Step]:
+    """1F1B with another limit of microbatches in flight: in_flight on GPU0, and 1 on the last.
+
+    The limit falls evenly in between, rounded down. in_flight = S is 1F1B, and 1 is naive. 2S - 1
+    leaves every result a second turn to arrive: eager 1F1B (Zhuang et al., MLSys 2023), which
+    hides slow links at the price of almost twice the memory.
+
+    >>> from pipedream_simple import format_rows
+    >>> print(format_rows(limited(stage, 2, 4, 1, in_flight=3) for stage in range(2)))  # S=2, M=4
+    GPU0: F0 F1 F2 B0 F3 B1 B2 B3
+    GPU1: F0 B0 F1 B1 F2 B2 F3 B3
+    """
+    behind = (in_flight - 1) * (num_stages - 1 - stage) // max(1, num_stages - 1)
+    # The row of a stage that has so many stages behind it.
+    return one_f_one_b(stage, stage + 1 + behind, num_microbatches, num_batches)
 
 
 # -------------------------------------------------------------------------------------- files
@@ -209,6 +240,9 @@ def write_csv(rows: Iterable[Iterable[tuple]], path: Path) -> None:
 # --------------------------------------------------------------------------------------- plan
 
 
+SIZES = "num_stages", "num_microbatches", "num_batches"
+
+
 class Plan(NamedTuple):
     """A schedule that can be simulated and trained, and its simulated run."""
 
@@ -256,9 +290,19 @@ def make_plan(config: dict) -> Plan:
                 rule = f"{key}={config[key]} must be a multiple of {of}={config[of]}"
                 raise UserError(f"{rule} for interleaved")
     chunks = config["chunks_per_gpu"] if name == "interleaved" else 1
+    in_flight = config["in_flight"] if name in ("1f1b", "pipedream") else 0
     config = {key: config[key] for key in CONFIG}
     if name in SCHEDULES:
         schedule = build_schedule(config)
+        if in_flight:
+            num_stages, in_row, batches = (config[key] for key in SIZES)
+            if name == "pipedream":  # the run is one row of microbatches
+                in_row, batches = in_row * batches, 1
+            rows = [
+                [*limited(s, num_stages, in_row, batches, in_flight)] for s in range(num_stages)
+            ]
+            switches = config["weight_stashing"], config["vertical_sync"]
+            schedule = pin_versions(rows, config["num_microbatches"], *switches)
         return Plan(name, config, schedule, simulate(schedule, config))
 
     num_devices, num_microbatches = config["num_stages"], config["num_microbatches"]
@@ -567,16 +611,242 @@ def draw_plans(plans: list[Plan]):
     return figure
 
 
+# ---------------------------------------------------------------------------------------- why
+
+
+def critical_path(events: list[Event]) -> list[Event]:
+    """The chain of ops that sets the makespan: none of them could have started any earlier.
+
+    Each starts when the previous one has ended, on the same GPU, or when its result arrives.
+    """
+    before = {event: (previous, needed) for event, previous, needed in dependencies(events)}
+    event: Event | None = max(events, key=lambda event: event.end)
+    path = []
+    while event:
+        path.append(event)
+        previous, needed = before[event]
+        event = previous if previous and previous.end == event.start else needed
+    return path[::-1]
+
+
+ORDER = {  # why does another op have to wait? About Idle.next {next} and the other op {other}
+    "none": "No other op of its row could run before that.",
+    "flush": "{other} could run, but belongs to the next batch, and its weights are still to come: "
+    "that is the flush.",
+    "limit": "{other} could run, but GPU{device} holds {held} in flight, the most that it ever "
+    "holds in {name}.",
+    "row": "{other} could run, but {name} puts {next} first.",
+}
+READS = {  # why does an op read its weight version {v}? Said of the op; {new} is the newest then
+    "fresh": "It reads v{v}, with the updates of all earlier batches, as plain SGD would.",
+    "stale": "It reads v{v}, the newest here. Plain SGD would read v{batch}: the updates between "
+    "wait for microbatches that are still in flight.",
+    "pinned": "It reads v{v}, which the first forward of its batch pinned, though v{new} exists.",
+    "synced": "It reads v{v}, which stage 0 pinned for its batch. (The newest here is v{new}.)",
+    "same": "It reads v{v}, as its forward did.",
+    "stashed": "It reads v{v}, as its forward did: v{v} was stashed for it. (v{new} is newer.)",
+    "wrong": "It reads v{v}, the newest, but its forward read v{forward}: the gradient is wrong.",
+    "W": "It reads no weights, only what its forward and its I left.",
+    "U": "It turns v{v} into v{made}: the batch has no more backwards on this GPU.",
+}
+
+
+class Reasons:
+    """Why a GPU runs its ops in this order, and on these weights: all from rows and events."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        comm_time = per_stage(plan.config, "comm_time")
+        self.ready: dict[Op, float] = {}  # when the input of an op is there
+        self.place: dict[Op, int] = {}  # in its row
+        self.newest: dict[Op, int] = {}  # version on the op's stage
+        ended: dict[Step, float] = {}
+        for (op, device, _, end), _, needed in dependencies(plan.events):
+            travel = comm_time[needed.op.stage] if needed and needed.device != device else 0
+            arrived = needed.end + travel if needed else 0
+            self.ready[op] = ended[op.stage, "I", op.microbatch] if op.kind == "W" else arrived
+            ended[op[:3]] = end
+        for row in plan.schedule:
+            made = {op.stage: 0 for op in row}
+            for place, op in enumerate(row):
+                self.place[op], self.newest[op] = place, made[op.stage]
+                made[op.stage] += op.kind == "U"
+        self.event_of = {event.op: event for event in plan.events}
+        self.held = [[0, *(held for held, _ in memory_held(row))] for row in plan.schedule]
+        self.flushes = not any(staleness(plan.schedule, plan.config["num_microbatches"]))
+        self.forward = {op[::2]: op for op in self.place if op.kind == "F"}
+
+    def order(self, idle: Idle) -> tuple[str, Event | None]:
+        """Of an idle time: why does the row not put another op first? And which one could run?"""
+        if idle.next is None:
+            return "", None
+        row, place = self.plan.schedule[idle.device], self.place[idle.next.op]
+        others = (op for op in row[place + 1 :] if op.kind != "U" and self.ready[op] < idle.end)
+        other, held = next(others, None), self.held[idle.device]
+        if other is None:
+            return ORDER["none"], None
+        key = "row"
+        if other.kind == "F" and self.flushes and other.version > self.newest[idle.next.op]:
+            key = "flush"
+        elif other.kind == "F" and held[place] == max(held):
+            key = "limit"
+        words = {"held": count(held[place], "microbatch"), "name": self.plan.name.strip()}
+        text = ORDER[key].format(next="{next}", other="{other}", device=idle.device, **words)
+        return text, self.event_of[other]
+
+    def reads(self, op: Op) -> str:
+        """Why does this op read the weight version that it reads?"""
+        v, new, config = op.version, self.newest[op], self.plan.config
+        batch, forward = op.microbatch // config["num_microbatches"], self.forward[op[::2]].version
+        if op.kind in "WU":
+            key = op.kind
+        elif op.kind != "F":
+            key = "wrong" if v != forward else "stashed" if v < new else "same"
+        elif v == batch:
+            key = "fresh"
+        elif config["vertical_sync"]:
+            key = "synced"
+        else:
+            key = "pinned" if v < new else "stale"
+        return READS[key].format(v=v, new=new, batch=batch, forward=forward, made=v + 1)
+
+    def explain_idle(self, idle: Idle) -> str:
+        """One or two sentences: what the GPU waits for, and why it runs nothing else meanwhile."""
+        text, other = self.order(idle)
+        names = {"next": idle.next and short_name(idle.next), "other": other and short_name(other)}
+        return f"{idle}. {text.format(**names)}".strip()
+
+
+def explain(plan: Plan, device: int, time: float) -> list[str]:
+    """What a GPU does at a time before the makespan, and why; if it waits, then also for whom."""
+    reasons = Reasons(plan)
+    found_at: list[Event | Idle] = [*plan.events, *idle_times(plan.events)]
+
+    def at(device: int) -> Event | Idle:
+        mine = (found for found in found_at if found.device == device)
+        return next(found for found in mine if found.start <= time < found.end)
+
+    def named(event: Event) -> str:
+        return f"{short_name(event)} of GPU{event.device}"
+
+    found = at(device)
+    if isinstance(found, Event):
+        lines = [
+            f"GPU{device} runs {short_name(found)} from t{found.start:.7g} to t{found.end:.7g}."
+        ]
+        lines.append(reasons.reads(found.op))
+        for event, _, needed in dependencies(plan.events):
+            if event == found and needed:
+                lines.append(f"It needed {named(needed)}, done at t{needed.end:.7g}.")
+            if needed == found:
+                lines.append(f"It is needed by {named(event)}, at t{event.start:.7g}.")
+        return lines
+    lines = [reasons.explain_idle(found)]
+    while isinstance(found, Idle) and found.needed and found.needed.end > time:
+        needed, found = found.needed, at(found.needed.device)
+        if isinstance(found, Idle):
+            lines.append(f"{found}.")
+        else:
+            line = f"GPU{found.device} runs {short_name(found)} until t{found.end:.7g}"
+            batch, later = (
+                e.op.microbatch // plan.config["num_microbatches"] for e in (found, needed)
+            )
+            flush = " after the flush" if reasons.flushes and batch < later else " later"
+            lines.append(line + (f", {short_name(needed)}{flush}." if found != needed else "."))
+    return lines
+
+
+WHY_LEGEND = """\
+   Times in GPU time units. Idle: fill, before the first op of a GPU; wait, for
+   a result that another GPU has yet to make; send, for one that is on the way;
+   drain, after its last op. critical: its part of the critical path, the chain
+   of ops that sets the makespan."""
+
+
+def why(config: dict, gpu: int | None = None, time: float | None = None) -> None:
+    """Why are the GPUs idle? The bubble by cause, and the chain of ops that sets the makespan.
+
+    With --gpu 0 --time 4: what that GPU does at that time, and why.
+    """
+    plan = make_plan(config)
+    over, devices = makespan(plan.events), range(len(plan.schedule))
+    if (gpu is None) != (time is None):
+        raise UserError("--gpu and --time go together: --gpu 0 --time 4")
+    if gpu is not None and time is not None:
+        check_value("gpu", gpu, (int, 0, len(devices) - 1))
+        check_value("time", time, (float, 0, over))
+        lines = explain(plan, gpu, time) if time < over else ["The run is over."]
+        print("\n".join(textwrap.fill(line, 80, subsequent_indent="   ") for line in lines))
+        return
+    gaps, path = idle_times(plan.events), critical_path(plan.events)
+    rows = []
+    for device in devices:
+        busy, critical = (
+            sum(end - start for _, place, start, end in events if place == device)
+            for events in (plan.events, path)
+        )
+        mine = [gap for gap in gaps if gap.device == device]
+        by_cause = [sum(g.end - g.start for g in mine if g.cause == cause) for cause in CAUSES]
+        rows.append([busy, *by_cause, sum(by_cause), critical])
+    sums = [sum(column) for column in zip(*rows, strict=True)]
+    parts = [f"{time / (over * len(devices)):.1%}" for time in sums[:-1]]
+    table = [["", "busy", *CAUSES, "idle", "critical"]]
+    table += [[f"GPU{d}", *(f"{t:.7g}" for t in row)] for d, row in enumerate(rows)]
+    table += [["all", *(f"{t:.7g}" for t in sums)], ["", *parts, f"{sums[-1] / over:.1%}"]]
+    *lines, total, percent = format_table(table)
+    print(f"{plan.name}: {over:.7g} time units, {utilization(plan.events):.1%} busy")
+    print("\n".join([*shorten(lines, 24, "GPUs"), total, percent, WHY_LEGEND, ""]))
+
+    table = [["The critical path", "", ""]]
+    ops = (event for event in path if event.op.kind != "U")
+    for device, same in itertools.groupby(ops, key=lambda event: event.device):
+        first, *more = same
+        names = " ".join(shorten([*map(short_name, (first, *more))], 8, "ops"))
+        table.append([f"from t{first.start:.7g}", f"GPU{device}", names])
+    print("\n".join(shorten(format_table(table), 16, "steps")))
+
+
+IN_FLIGHT_LEGEND = """\
+   limit: in_flight, the most on GPU0; on the others it falls evenly to 1.
+   Naive holds 1 at a time, and 1f1b and pipedream num_stages unless told
+   otherwise (*). A flush holds at most the microbatches of a batch."""
+
+
+def in_flight(config: dict) -> None:
+    """What if a GPU did not wait, but ran one more forward? 1f1b and pipedream with other limits.
+
+    The limits go up to 2 S - 1, where every result has a turn to travel. Try --comm_time 0.5.
+    """
+    num_stages = config["num_stages"]
+    most = 2 * num_stages - 1
+    limits = sorted({*range(1, most, math.ceil(most / 16)), num_stages, most})
+    naive = make_plan({**config, "schedule": "naive"})
+    for name in ("1f1b", "pipedream"):
+        table = [["  limit", *SUMMARY, "stale"]]
+        times = {}
+        for limit in limits:
+            plan = make_plan({**config, "schedule": name, "in_flight": limit})
+            times[limit] = makespan(plan.events)
+            cells = summarize(plan.schedule, plan.events, naive.events)
+            stale = staleness(plan.schedule, plan.config["num_microbatches"])
+            mark = "*" if limit == num_stages else " "
+            table.append([f"{mark} {limit}", *cells, format_per_gpu(stale)])
+        best = min(times, key=lambda limit: tick(times[limit]))
+        print("\n".join([name, *format_table(table)]))
+        print(f"   The shortest time is reached with a limit of {best}.\n")
+    print(IN_FLIGHT_LEGEND)
+
+
 # --------------------------------------------------------------------------- export and trace
 
 
-def export(config: dict, path: Path) -> None:
+def export(config: dict, file: Path) -> None:
     """The rows of one batch as a CSV file that torch.distributed.pipelining loads."""
     plan = make_plan({**config, "num_batches": 1})
     rows = [[op for op in row if op.kind != "U"] for row in plan.schedule]
-    write(path, partial(write_csv, rows), config, ".csv")
+    write(file, partial(write_csv, rows), config, ".csv")
     sizes = count(len(rows), "GPU"), count(plan.config["num_stages"], "stage")
-    print(f"{path}: {plan.name}, {', '.join(sizes)}, {count(sum(map(len, rows)), 'op')}")
+    print(f"{file}: {plan.name}, {', '.join(sizes)}, {count(sum(map(len, rows)), 'op')}")
     if plan.name == "pipedream":
         print("This is one batch. With the flush that a file implies, it is 1F1B.")
 
@@ -591,14 +861,14 @@ def write(path: Path, content: Callable[[Path], object], config: dict, suffix: s
     save({path: content}, read=[file] if file else [])
 
 
-def trace(config: dict, path: Path) -> None:
+def trace(config: dict, file: Path) -> None:
     """The simulated run as a Chrome trace: open it at ui.perfetto.dev or chrome://tracing."""
     plan = make_plan(config)
     content = {"traceEvents": [*trace_events(plan)], "displayTimeUnit": "ms"}
     text = json.dumps(content, default=float)  # NumPy's numbers, too
-    write(path, lambda part: part.write_text(text, "utf-8"), config, ".json")
+    write(file, lambda part: part.write_text(text, "utf-8"), config, ".json")
     events = count(len(content["traceEvents"]), "event")
-    print(f"{path}: {plan.name}, {events}; open it at ui.perfetto.dev")
+    print(f"{file}: {plan.name}, {events}; open it at ui.perfetto.dev")
 
 
 def trace_events(plan: Plan) -> Iterator[dict]:
@@ -752,6 +1022,14 @@ def balance(config: dict) -> None:
 
 COMMANDS: dict[str, tuple[Callable, dict]] = {  # -> (function, its flags besides the config's)
     "compare": (compare, {"--out": {"type": Path, "metavar": "DIR", "help": "for the picture"}}),
+    "in_flight": (in_flight, {}),
+    "why": (
+        why,
+        {
+            "--gpu": {"type": parse_value, "metavar": "D", "help": "0 is the first"},
+            "--time": {"type": parse_value, "metavar": "T", "help": "in time units"},
+        },
+    ),
     "export": (export, {"file": {"type": Path, "metavar": "my.csv"}}),
     "profile": (profile, {}),
     "balance": (balance, {}),
@@ -791,7 +1069,7 @@ def main() -> None:
         raise UserError(f"unknown command {shown(name)}{hint}")
     command, other = COMMANDS[name]
     config, flags = parse_lab_config(command.__doc__, sys.argv[2:], other=other)
-    command(config, *flags.values())
+    command(config, **flags)
 
 
 if __name__ == "__main__":

@@ -613,6 +613,68 @@ def peak_versions(schedule: Schedule) -> list[int]:
     return [total // per_device for total, per_device in zip(alive, stages, strict=True)]
 
 
+class Idle(NamedTuple):
+    """A time in which a GPU computes nothing, and why. str() says it in a sentence."""
+
+    device: int
+    start: float
+    end: float
+    cause: str  # a key of CAUSES
+    next: Event | None  # what the GPU runs afterwards
+    needed: Event | None  # whose result that waits for
+
+    def __str__(self) -> str:
+        ops = [event and short_name(event) for event in (self.next, self.needed)]
+        sender, until = self.needed and self.needed.device, f"t{self.end:.12g}"
+        return CAUSES[self.cause].format(self.device, *ops, sender, until)
+
+
+def short_name(event: Event) -> str:
+    """F3, for microbatch 3; on a GPU that holds several stages also 5F3, for stage 5."""
+    op = event.op
+    return f"{op.kind}{op.microbatch}" if op.stage == event.device else str(op)
+
+
+CAUSES = {  # of idle time
+    "fill": "GPU{0} has not started: {1}, its first op, needs {2} of GPU{3}, until {4}",
+    "wait": "GPU{0} waits: {1}, the next in its row, needs {2} of GPU{3}, until {4}",
+    "send": "GPU{0} waits: what {1} needs is on the way from GPU{3}, until {4}",
+    "drain": "GPU{0} has finished: nothing is left in its row",
+}
+
+
+def dependencies(events: list[Event]) -> Iterator[tuple[Event, Event | None, Event | None]]:
+    """Each event, the previous one on its GPU, and the one whose result it needs, if any."""
+    num_stages = 1 + max(event.op.stage for event in events)
+    latest: dict[int, Event] = {}
+    made: dict[Step | None, Event] = {}
+    for event in events:
+        yield event, latest.get(event.device), made.get(input_of(event.op, num_stages))
+        latest[event.device] = made[result_of(event.op)] = event
+
+
+def idle_times(events: list[Event]) -> list[Idle]:
+    """When was a GPU idle, and why? Sorted by start; together they are the bubble.
+
+    >>> config = {**CONFIG, "num_stages": 2, "num_microbatches": 1, "num_batches": 1}
+    >>> for idle in idle_times(simulate(build_schedule(config), config)):
+    ...     print(f"t{idle.start}: {idle}")
+    t0: GPU1 has not started: F0, its first op, needs F0 of GPU0, until t1
+    t1: GPU0 waits: B0, the next in its row, needs B0 of GPU1, until t3
+    t3: GPU1 has finished: nothing is left in its row
+    """
+    idle, last, over = [], {}, makespan(events)
+    for event, previous, needed in dependencies(events):
+        device, free_at = event.device, previous.end if previous else 0
+        ready_at = max(free_at, needed.end) if needed else free_at  # and then it has to travel
+        waits = ("wait" if previous else "fill", free_at, ready_at), ("send", ready_at, event.start)
+        idle += [Idle(device, a, b, cause, event, needed) for cause, a, b in waits if a < b]
+        last[device] = event
+    ends = ((device, event.end) for device, event in last.items())
+    idle += [Idle(device, end, over, "drain", None, None) for device, end in ends if end < over]
+    return sorted(idle, key=lambda wait: (wait.start, wait.device))
+
+
 def mismatches(schedule: Schedule) -> list[Op]:
     """The backwards that read another weight version than their forward did. Stashing: none."""
     ops = [op for row in schedule for op in row]
@@ -783,7 +845,7 @@ def format_timeline(events: list[Event], width: int = 100) -> str:
     """A table: a row for every time at which something begins or ends, a column for every GPU.
 
     Where it would be wider than width, cells are abbreviated, and then GPUs are left out. Of many
-    rows, those in the middle are folded.
+    rows, those in the middle are folded. Notes below say why a GPU is idle, one for each cause.
     """
     times = sorted({tick(time) for event in events for time in (event.start, event.end)})
     row_of = {time: row for row, time in enumerate(times)}
@@ -811,16 +873,22 @@ def format_timeline(events: list[Event], width: int = 100) -> str:
         widths.pop()
 
     head, *lines = [separator.join(map(str.ljust, cells, widths)) for cells in table]
+    notes: dict[str, str] = {}  # the first time of each cause
+    marks = {row: ALL_BUSY for row in shown if len(running[row]) == num_devices}
+    for gap in idle_times(events):
+        row = row_of[tick(gap.start)]
+        if gap.cause not in notes and row in shown and row not in marks:
+            marks[row] = f" ← why ({len(notes) + 1})"
+            notes[gap.cause] = f"({len(notes) + 1}) {gap}"
     for line, row in enumerate(shown):
-        busy = len(running[row]) == num_devices
-        lines[line] = lines[line] + ALL_BUSY if busy else lines[line].rstrip()
+        lines[line] = lines[line] + marks[row] if row in marks else lines[line].rstrip()
     if hidden:
         lines.insert(first, f"...  ({count(hidden, 'more row')})")
     if len(widths) <= num_devices:
         head += f" (+{count(num_devices + 1 - len(widths), 'GPU')})"
     if style is NARROW:
         head = "(a column is a GPU; F3: forward of microbatch 3, B3: backward, .: idle)\n" + head
-    return "\n".join([head.rstrip(), *lines])
+    return "\n".join([head.rstrip(), *lines, *notes.values()])
 
 
 def schedule_name(config: dict) -> tuple[str, str]:

@@ -93,7 +93,7 @@ def test_the_default_run_prints_the_lines_of_the_guide_with_true_numbers(program
         "💡 In this simulation:",
         "📊 PIPELINE TIMELINE VISUALIZATION",
         "Time | GPU0 (Stage 0) | GPU1 (Stage 1) | GPU2 (Stage 2) | GPU3 (Stage 3)",
-        "t0   | MB0 forward    | idle           | idle           | idle",
+        "t0   | MB0 forward    | idle           | idle           | idle           ← why (1)",
         "t3   | MB3 forward    | MB2 forward    | MB1 forward    | MB0 forward    ← All busy!",
         "✅ Batch complete! All stages now at version 1",
         "✅ Batch complete! All stages now at version 5",
@@ -194,8 +194,7 @@ def test_the_timeline_fits_keeps_its_columns_and_shows_the_events(width, size):
     lines = format_timeline(events, width).splitlines()
     told = ("(", "...")  # in a sentence, which a terminal of 40 columns wraps
     assert all(len(line) <= max(width, 80 * line.startswith(told)) for line in lines)
-    if lines[0].startswith("("):
-        lines.pop(0)  # the key to the narrow cells
+    lines = [line for line in lines if not line.startswith("(")]  # the key to the cells, the notes
     if width >= 80 and size[0] <= 16:
         assert "GPU)" not in lines[0], "a GPU was left out that would have fitted"
         assert "GPUs)" not in lines[0], "a GPU was left out that would have fitted"
@@ -226,16 +225,17 @@ def test_the_timeline_shows_the_pipeline_fill_and_drain_and_folds_what_lies_betw
     config = {**CONFIG, "num_stages": num_stages, "num_batches": 8}
     lines = format_timeline(simulate(build_schedule(config), config), 200).splitlines()
     (fold,) = (place for place, line in enumerate(lines) if line.startswith("..."))
-    shown = lines[1:fold], lines[fold + 1 :]
+    shown = lines[1:fold], [line for line in lines[fold + 1 :] if line.startswith("t")]
     assert all(sum("All busy" in line for line in part) >= 1 for part in shown)
-    assert len(lines) < 5 * num_stages + 5
+    assert sum(map(len, shown)) < 5 * num_stages + 5
 
 
 def test_unequal_times_get_a_row_wherever_something_begins_or_ends():
     config = {**CONFIG, "num_stages": 2, "num_microbatches": 1, "num_batches": 1}
     config |= {"forward_time": [1, 2.5], "backward_time": 0.1, "comm_time": 0.2}
     events = simulate(build_schedule(config), config)
-    rows = [line.split("|")[0].strip() for line in format_timeline(events).splitlines()[1:]]
+    lines = format_timeline(events).splitlines()
+    rows = [line.split("|")[0].strip() for line in lines[1:] if line.startswith("t")]
     assert rows == ["t0", "t1", "t1.2", "t3.7", "t3.8", "t4"]
 
 
