@@ -964,7 +964,7 @@ def format_batch(batch: int, audit: Audit, config: dict, events: list[Event]) ->
             *shorten(format_table(table, gap=3), 16, "rows"),
             f"{loss}, read on {read}",
             *shorten(changes, 8, "stages"),
-            f"\n✅ Batch complete! All stages now at version {batch + 1}{newer}",
+            f"✅ Batch complete! All stages now at version {batch + 1}{newer}",
         ]
     )
 
@@ -1054,7 +1054,9 @@ def format_next_steps(config: dict) -> str:
             if new:
                 flags = " ".join(f"--{key} {value}" for key, value in new.items())
                 lines.append(f"   {flags:<45} {why}")
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, "💡 Why does a GPU wait? python pipedream_lab.py why, and the same flags"]
+    )
 
 
 # ------------------------------------------------------------------------------------- checks

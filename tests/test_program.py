@@ -94,6 +94,7 @@ def test_the_default_run_prints_the_lines_of_the_guide_with_true_numbers(program
         "📊 PIPELINE TIMELINE VISUALIZATION",
         "Time | GPU0 (Stage 0) | GPU1 (Stage 1) | GPU2 (Stage 2) | GPU3 (Stage 3)",
         "t0   | MB0 forward    | idle           | idle           | idle           ← why (1)",
+        "(1) GPU1 has not started: F0, its first op, needs F0 of GPU0, until t1",
         "t3   | MB3 forward    | MB2 forward    | MB1 forward    | MB0 forward    ← All busy!",
         "✅ Batch complete! All stages now at version 1",
         "✅ Batch complete! All stages now at version 5",
