@@ -1055,7 +1055,7 @@ def format_next_steps(config: dict) -> str:
                 flags = " ".join(f"--{key} {value}" for key, value in new.items())
                 lines.append(f"   {flags:<45} {why}")
     return "\n".join(
-        [*lines, "💡 Why does a GPU wait? python pipedream_lab.py why, and the same flags"]
+        [*lines, "💡 WHY A GPU WAITS: python pipedream_lab.py why, with the same flags"]
     )
 
 

@@ -393,7 +393,8 @@ def test_a_gradient_that_is_no_number_is_not_called_right(program):
 @pytest.mark.parametrize("flags", ["", "--num_stages 8", "--schedule gpipe --forward_time 1,2,1,1"])
 def test_every_next_step_can_be_added_to_the_command_and_changes_it(program, flags):
     _, out, _ = program(flags + " --verbose False")
-    steps = out[out.index("WHAT TO TRY NEXT") :].splitlines()[1:]
+    *steps, more = out[out.index("WHAT TO TRY NEXT") :].splitlines()[1:]
+    assert "python pipedream_lab.py why, with the same flags" in more
     assert len(steps) >= 4
     config, _ = parse_config("", [*flags.split(), "--verbose", "False"])
     for step in steps:
