@@ -651,6 +651,18 @@ READS = {  # why does an op read its weight version {v}? Said of the op; {new} i
 }
 
 
+SAYS = {  # of an op
+    "runs": "GPU{gpu} runs {op} from {start} to {end}.",
+    "needed": "It needed {op} of GPU{gpu}, done at {end}.",
+    "needed by": "It is needed by {op} of GPU{gpu}, at {start}.",
+}
+
+
+def said(key: str, event: Event) -> str:
+    start, end = (f"t{time:.12g}" for time in (event.start, event.end))
+    return SAYS[key].format(gpu=event.device, op=short_name(event), start=start, end=end)
+
+
 class Reasons:
     """Why a GPU runs its ops in this order, and on these weights: all from rows and events."""
 
@@ -726,20 +738,14 @@ def explain(plan: Plan, device: int, time: float) -> list[str]:
         mine = (found for found in found_at if found.device == device)
         return next(found for found in mine if found.start <= time < found.end)
 
-    def named(event: Event) -> str:
-        return f"{short_name(event)} of GPU{event.device}"
-
     found = at(device)
     if isinstance(found, Event):
-        lines = [
-            f"GPU{device} runs {short_name(found)} from t{found.start:.7g} to t{found.end:.7g}."
-        ]
-        lines.append(reasons.reads(found.op))
+        lines = [said("runs", found) + " " + reasons.reads(found.op)]
         for event, _, needed in dependencies(plan.events):
             if event == found and needed:
-                lines.append(f"It needed {named(needed)}, done at t{needed.end:.7g}.")
+                lines.append(said("needed", needed))
             if needed == found:
-                lines.append(f"It is needed by {named(event)}, at t{event.start:.7g}.")
+                lines.append(said("needed by", event))
         return lines
     lines = [reasons.explain_idle(found)]
     while isinstance(found, Idle) and found.needed and found.needed.end > time:
@@ -747,7 +753,7 @@ def explain(plan: Plan, device: int, time: float) -> list[str]:
         if isinstance(found, Idle):
             lines.append(f"{found}.")
         else:
-            line = f"GPU{found.device} runs {short_name(found)} until t{found.end:.7g}"
+            line = f"GPU{found.device} runs {short_name(found)} until t{found.end:.12g}"
             batch, later = (
                 e.op.microbatch // plan.config["num_microbatches"] for e in (found, needed)
             )

@@ -48,6 +48,7 @@ from pipedream_simple import (
     schedule_name,
     short_name,
     tick,
+    utilization,
     variant_of,
 )
 from pipedream_visual import HUES, KINDS, colors
@@ -114,6 +115,7 @@ def plan_data(plan: Plan) -> dict:
         idle.append([gap.device, *when, gap.cause, *named[:2], texts.number(order), named[2]])
     path = [number_of[event] for event in critical_path(plan.events)]
     names = {"name": plan.name.strip(), "about": about(plan), "gpus": len(plan.schedule)}
+    names["busy"] = f"{utilization(plan.events):.1%}"
     return {**names, "times": times, "texts": [*texts], "ops": ops, "idle": idle, "path": path}
 
 

@@ -1,0 +1,493 @@
+"""The page in a real browser: what it shows and says is what the Python functions give."""
+
+import base64
+import gzip
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+import pipedream_lab
+import pipedream_page
+from pipedream_lab import LAB_CONFIG, Reasons, all_plans, critical_path, explain
+from pipedream_page import kept_versions, main, page_data, write_page
+from pipedream_simple import (
+    Event,
+    UserError,
+    idle_times,
+    makespan,
+    memory_held,
+    run_main,
+    short_name,
+    utilization,
+)
+
+BROWSERS = "chromium-headless-shell", "chromium", "google-chrome", "chrome"
+ALONE = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+CONFIGS = {
+    "default": {},
+    "two": {"num_stages": 2, "num_microbatches": 2, "comm_time": 0.5, "backward_time": 2},
+    "M = 1": {"num_microbatches": 1, "num_batches": 8},
+    "tenths": {
+        "num_stages": 3,
+        "num_microbatches": 3,
+        "batch_size": 3,
+        "forward_time": [0.1, 0.2, 1],
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def browser():
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not found:
+        missing = f"no browser to try the page in: none of {', '.join(BROWSERS)}"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    with sync_playwright() as engine:
+        shell = engine.chromium.launch(executable_path=found, args=ALONE)
+        yield shell
+        shell.close()
+
+
+@pytest.fixture(scope="session")
+def page_of(tmp_path_factory):
+    """page_of(name) -> the file of the page at that config, written once."""
+    written = {}
+
+    def get(name):
+        if name not in written:
+            written[name] = tmp_path_factory.mktemp("page") / "pipeline.html"
+            write_page({**LAB_CONFIG, **CONFIGS[name]}, written[name])
+        return written[name]
+
+    return get
+
+
+@pytest.fixture
+def visit(browser, page_of):
+    """visit(name) -> the page in the browser. Nothing goes wrong in it, and nothing leaves it."""
+    complaints, requests, opened = [], [], []
+
+    def opens(name="default", **settings):
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **settings})
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        file = page_of(name) if isinstance(name, str) else name
+        page.goto(file.as_uri())
+        page.wait_for_selector("svg")
+        opened.append((context, file))
+        return page
+
+    yield opens
+    for context, _ in opened:
+        context.close()
+    assert complaints == []
+    left = {url for url in requests if not url.startswith("data:")}
+    assert left <= {file.as_uri() for _, file in opened}
+
+
+def plans_of(name):
+    return all_plans({**LAB_CONFIG, **CONFIGS[name]})[0]
+
+
+def pipedream_of(name):
+    return next(plan for plan in plans_of(name) if plan.name == "pipedream")
+
+
+def choose(page, number, below=""):
+    page.select_option("#first", str(number))
+    page.select_option("#second", str(below))
+
+
+def answer(page):
+    return page.locator("#answer p").all_inner_texts()
+
+
+def clock(page):
+    return float(page.inner_text("#clock")[1:])
+
+
+# --------------------------------------------------------------------------- causes and reasons
+
+POINT_AT_ALL = """() => ["op", "idle"].map((what) =>
+  Object.fromEntries([...document.querySelectorAll(`rect[data-${what}]`)].map((box) => {
+    box.dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+    const lines = [...document.querySelectorAll("#answer p")].map((line) => line.textContent);
+    return [box.dataset[what], lines];
+  })))"""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_pointing_says_what_the_python_functions_say(visit, name):
+    page, plans = visit(name), plans_of(name)
+    page.check("#future")
+    for number, plan in enumerate(plans):
+        choose(page, number)
+        ops, idle = page.evaluate(POINT_AT_ALL)
+        assert len(ops) == len(plan.events)
+        gaps, reasons = idle_times(plan.events), Reasons(plan)
+        assert len(idle) == len(gaps)
+        for place, gap in enumerate(gaps):
+            assert idle[str(place)] == [reasons.explain_idle(gap)]
+        some = range(0, len(plan.events), max(1, len(plan.events) // 25))
+        for place in some:
+            event = plan.events[place]
+            if event.op.kind == "U":
+                assert ops[str(place)] == [reasons.reads(event.op)]
+            else:
+                said = explain(plan, event.device, (event.start + event.end) / 2)
+                first, second = said[0], said[1:]
+                assert ops[str(place)][0] == first
+                assert sorted(ops[str(place)][1:]) == sorted(second)
+
+
+def test_a_mouse_and_a_finger_get_the_reason_of_the_first_question(visit):
+    """GPU1 has work at t4. Why does it wait?"""
+    page = visit()
+    page.check("#future")
+    reason = (
+        "GPU1 waits: B0, the next in its row, needs B0 of GPU2, until t6. F3 could run, but GPU1 "
+        "holds 3 microbatches in flight, the most that it ever holds in pipedream."
+    )
+    gaps = idle_times(pipedream_of("default").events)
+    (place,) = (i for i, gap in enumerate(gaps) if (gap.device, gap.start) == (1, 4))
+    page.hover(f'rect[data-idle="{place}"]')
+    assert answer(page) == [reason]
+    touch = visit(has_touch=True, viewport={"width": 360, "height": 740})
+    for _ in range(6):
+        touch.tap("#forth")
+    touch.tap(f'rect[data-idle="{place}"]')
+    assert answer(touch) == [reason]
+
+
+def test_the_sentences_come_from_python(visit, monkeypatch, tmp_path):
+    monkeypatch.setitem(pipedream_page.CAUSES, "drain", "GPU{0} went home")
+    monkeypatch.setitem(pipedream_lab.READS, "same", "It reads what it read")
+    write_page(LAB_CONFIG, tmp_path / "pipeline.html")
+    page = visit(tmp_path / "pipeline.html")
+    page.check("#future")
+    ops, idle = page.evaluate(POINT_AT_ALL)
+    assert ["GPU3 went home."] in idle.values()
+    assert any("It reads what it read" in lines[0] for lines in ops.values())
+
+
+# ------------------------------------------------------------------------------ the time so far
+
+
+@pytest.mark.parametrize(("name", "number"), [("default", 5), ("two", 3), ("M = 1", 5), ("two", 4)])
+def test_every_step_shows_what_was_computed_and_held_until_then(visit, name, number):
+    page, plan = visit(name), plans_of(name)[number]
+    choose(page, number)
+    page.keyboard.press("Home")
+    times = sorted({time for e in plan.events for time in (e.start, e.end)})
+    assert clock(page) == 0
+    for time in times[1:40]:
+        page.click("#forth")
+        assert clock(page) == pytest.approx(time)
+        cut = [e._replace(end=min(e.end, time)) for e in plan.events if e.start < time]
+        heading = page.inner_text("h2")
+        busy = sum(e.end - e.start for e in cut) / time / len(plan.schedule)
+        (shown,) = re.findall(r": ([\d.]+)% busy", heading)
+        assert float(shown) == pytest.approx(100 * busy, abs=0.0501)
+        for device, row in enumerate(plan.schedule):
+            ended = {e.op for e in plan.events if e.device == device and e.end <= time}
+            weights = {"F": 1, "B": -1, "W": -1}
+            in_flight = sum(weights.get(op.kind, 0) for op in ended)
+            made = {0} | {op.version + 1 for op in ended if op.kind == "U"}
+            used = {op.version for op in row if op not in ended} | {max(made)}
+            kept = " ".join(f"v{v}" for v in sorted(made & used))
+            text = page.locator(".names > div").nth(device).inner_text()
+            assert f"{in_flight} in flight, {kept}" in text
+    page.keyboard.press("End")
+    assert f"{utilization(plan.events):.1%} busy in all, done at t{makespan(plan.events):.12g}" in (
+        page.inner_text("h2")
+    )
+
+
+def test_what_is_said_to_be_kept_is_as_many_versions_as_the_rows_hold():
+    for name in CONFIGS:
+        for plan in plans_of(name):
+            for row in plan.schedule:
+                stages = len({op.stage for op in row})
+                places = range(len(row))
+                whole = [p for p in places if p + 1 == len(row) or row[p + 1].kind != "U"]
+                counts = [len(text.split()) for text in kept_versions(row)]
+                held = [alive for _, alive in memory_held(row)]
+                assert [counts[p] * stages for p in whole] == [held[p] for p in whole]
+
+
+def test_the_future_is_hidden_until_it_is_asked_for(visit):
+    page, plan = visit(), pipedream_of("default")
+    visible = """() => [...document.querySelectorAll("[data-op], [data-idle]")].filter((box) => {
+      const { left, top, width, height } = box.getBoundingClientRect();
+      return document.elementFromPoint(left + width / 2, top + height / 2) === box;
+    }).map((box) => box.dataset.op ?? "idle " + box.dataset.idle)"""
+    gaps = idle_times(plan.events)
+    for step in range(9):
+        shown = {label for label in page.evaluate(visible) if plan.events[0]}
+        now = clock(page)
+        begun = {str(i) for i, e in enumerate(plan.events) if (e.start + e.end) / 2 < now}
+        assert {label for label in shown if label.isdigit()} <= begun | {
+            str(i) for i, e in enumerate(plan.events) if e.op.kind == "U" and e.end <= now
+        }
+        assert begun - {str(i) for i, e in enumerate(plan.events) if e.op.kind == "U"} <= shown
+        idle = {f"idle {i}" for i, g in enumerate(gaps) if (g.start + g.end) / 2 <= now > 0}
+        assert {label for label in shown if label.startswith("idle")} == idle
+        page.keyboard.press("ArrowRight")
+        assert clock(page) == step + 1
+    page.hover('rect[data-op="0"]')
+    assert answer(page)[-1].startswith("It is needed by F0 of GPU1")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    page.hover('rect[data-op="0"]')
+    assert not any("needed by" in line for line in answer(page)), "that has not happened yet"
+
+
+def test_keys_step_play_follow_and_ask_about_gpus(visit):
+    page, plan = visit(), pipedream_of("default")
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    assert clock(page) == 5
+    page.keyboard.press("ArrowDown")
+    assert answer(page)[0] == explain(plan, 1, 4.5)[0]
+    page.keyboard.press("ArrowRight")
+    assert answer(page)[0] == explain(plan, 1, 5.5)[0]
+    page.keyboard.press("ArrowUp")
+    assert answer(page)[0] == explain(plan, 0, 5.5)[0]
+    page.keyboard.press("ArrowLeft")
+    assert clock(page) == 5
+    page.keyboard.press("End")
+    assert clock(page) == 46
+    page.keyboard.press("Home")
+    path = [e for e in critical_path(plan.events) if e.op.kind != "U"]
+    for event in path[:7]:
+        page.keyboard.press("f")
+        assert clock(page) == event.end
+        assert answer(page)[0].startswith(f"GPU{event.device} runs {short_name(event)} from")
+    page.keyboard.press("Home")
+    page.keyboard.press(" ")
+    assert page.inner_text("#play") == "Pause"
+    expect(page.locator("#clock")).to_have_text("t2")
+    page.keyboard.press(" ")
+    assert page.inner_text("#play") == "Play"
+
+
+# --------------------------------------------------------------------------- what else it draws
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_the_critical_path_is_the_one_that_python_finds(visit, number):
+    page, plan = visit("two"), plans_of("two")[number]
+    choose(page, number)
+    page.check("#critical")
+    marked = page.eval_on_selector_all(".critical .path", "found => found.map(x => +x.dataset.op)")
+    path = [e for e in critical_path(plan.events) if e.op.kind != "U"]
+    assert [plan.events[i] for i in sorted(marked)] == sorted(path, key=plan.events.index)
+    page.uncheck("#critical")
+    assert page.locator(".critical").count() == 0
+
+
+def test_two_schedules_share_one_time_axis(visit):
+    page, plans = visit(), plans_of("default")
+    choose(page, 5, below=1)
+    page.check("#future")
+    boxes = page.evaluate(
+        """() => [...document.querySelectorAll("svg")].map((svg) => Object.fromEntries(
+          [...svg.querySelectorAll("rect[data-op]:not(.U)")].map((box) =>
+            [box.dataset.op, [box.x, box.width].map((l) => l.baseVal.value)])))"""
+    )
+    scales = set()
+    for plan, found in zip((plans[5], plans[1]), boxes, strict=True):
+        for place, (x, width) in found.items():
+            event = plan.events[int(place)]
+            scales.add(round(width / (event.end - event.start), 3))
+            assert x == pytest.approx(event.start * width / (event.end - event.start), abs=0.02)
+    assert len(scales) == 1
+    page.keyboard.press("End")
+    assert clock(page) == 70
+    assert page.locator("h2").all_inner_texts() == [
+        "pipedream: 87.0% busy in all, done at t46",
+        "gpipe: 57.1% busy in all, done at t70",
+    ]
+
+
+def test_colors_tell_microbatches_or_versions_apart_and_forwards_are_dark(visit):
+    page, plan = visit("M = 1"), pipedream_of("M = 1")
+    fills = """found => Object.fromEntries(found.map((box) =>
+      [box.dataset.op, box.getAttribute("fill")]))"""
+    for choice, key in (("3", "microbatch"), ("4", "version")):
+        page.select_option("#hue", choice)
+        found = page.eval_on_selector_all("rect.op:not(.U)", fills)
+        color = {}
+        for place, fill in found.items():
+            op = plan.events[int(place)].op
+            assert color.setdefault((op.kind, getattr(op, key) % 6), fill) == fill
+        assert len(set(color.values())) == len(color)
+
+
+@pytest.mark.parametrize("gpu", [0, 3])
+def test_a_guess_is_judged_by_what_the_gpu_really_does_next(visit, gpu):
+    page, plan = visit(), pipedream_of("default")
+    page.select_option("#which", str(gpu))
+    score, found = 0, [*plan.events, *idle_times(plan.events)]
+    for turn in range(12):
+        now = clock(page)
+        mine = [e for e in found if e.device == gpu and e.end > e.start]
+        busy = next((e.end for e in mine if isinstance(e, Event) and e.start < now < e.end), now)
+        (truth,) = (e for e in mine if e.start <= busy < e.end)
+        is_op = isinstance(truth, Event)
+        page.click("#ask")
+        names = page.locator("#choices button").all_inner_texts()
+        right = short_name(truth) if is_op else "it is idle"
+        assert right in names
+        assert len(names) == len(set(names)) >= 2
+        guess = right if turn % 3 else names[0]
+        score += guess == right
+        page.click(f"#choices button >> text={guess}")
+        said = page.inner_text("#verdict")
+        reason = explain(plan, gpu, (max(truth.start, busy) + truth.end) / 2)[0]
+        assert said == ("Right. " if guess == right else "No. ") + reason
+        assert page.inner_text("#score") == f"{score} of {turn + 1} right"
+        assert clock(page) == truth.end
+    page.keyboard.press("End")
+    page.click("#ask")
+    assert "over" in page.inner_text("#verdict")
+
+
+# ---------------------------------------------------------------------- any reader, any screen
+
+
+@pytest.mark.parametrize("width", [360, 800, 1600])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_the_screen_and_its_text_can_be_read(visit, width, scheme):
+    page = visit(viewport={"width": width, "height": 740}, color_scheme=scheme)
+    choose(page, 3, below=4)
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    read = """(pairs) => pairs.map(([what, ground]) => {
+      const style = (name) => getComputedStyle(document.querySelector(name));
+      return [style(what).color, style(ground).backgroundColor];
+    })"""
+    pairs = [["body", "body"], [".quiet", "body"], ["#answer", "#answer"], ["#quiz", "#quiz"]]
+    for pair in page.evaluate(read, pairs):
+        light, dark = sorted(map(luminance, pair), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, pair
+    small = page.eval_on_selector_all(
+        "button, select", "found => found.map((b) => [b.offsetWidth, b.offsetHeight])"
+    )
+    assert all(min(size) >= 40 for size in small if size[0]), "too small for a finger"
+
+
+def luminance(color):
+    """WCAG's relative luminance of rgb(1, 2, 3)."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_everything_is_there_in_words_and_by_name(visit):
+    page, plan = visit(), pipedream_of("default")
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    page.click("#words summary")
+    expect(page.locator("#words li")).to_have_count(4)
+    said = page.locator("#words li").all_inner_texts()
+    assert said == [explain(plan, device, 4.5)[0] for device in range(4)]
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#words li").nth(3).inner_text() == explain(plan, 3, 5.5)[0]
+    assert page.get_by_role("img").get_attribute("aria-label") == (
+        "pipedream: the lanes of 4 GPUs up to t6"
+    )
+    nameless = page.eval_on_selector_all(
+        "button, select, input",
+        "found => found.filter((x) => !(x.textContent || x.ariaLabel || x.labels?.length)).length",
+    )
+    assert nameless == 0
+    assert page.get_attribute("#scrub", "aria-valuetext") == "t6"
+
+
+def test_eight_gpus_with_32_microbatches_are_one_file_below_a_megabyte(visit, tmp_path):
+    write_page({**LAB_CONFIG, "num_stages": 8, "num_microbatches": 32}, tmp_path / "pipeline.html")
+    text = (tmp_path / "pipeline.html").read_text()
+    assert len(text) < 1_000_000
+    assert {*re.findall(r"https?://[\w.]+", text)} == {"http://www.w3.org"}  # the name of SVG
+    page = visit(tmp_path / "pipeline.html", viewport={"width": 360, "height": 740})
+    choose(page, 3, below=1)
+    page.keyboard.press("ArrowRight")
+    assert page.locator("svg").count() == 2
+    width = page.eval_on_selector("rect.op", "box => box.getBoundingClientRect().width")
+    assert width > 20
+    assert "F0" in page.locator("svg text").all_text_contents()
+    page.click("#wider")
+    wider = page.eval_on_selector("rect.op", "box => box.getBoundingClientRect().width")
+    assert wider == pytest.approx(1.5 * width, abs=1)
+
+
+# ------------------------------------------------------------------------------------ the file
+
+
+def test_the_page_holds_the_data_and_says_what_is_left_out(page_of):
+    text = page_of("two").read_text()
+    packed = re.search(r'id="data" type="text/plain">([^<]*)<', text)[1]
+    data = json.loads(gzip.decompress(base64.b64decode(packed)))
+    assert data == json.loads(json.dumps(page_data({**LAB_CONFIG, **CONFIGS["two"]})))
+    names = [plan["name"] for plan in data["plans"]]
+    assert names[data["first"]] == "pipedream"
+    data = page_data({**LAB_CONFIG, "num_stages": 8})
+    assert "interleaved is left out" in data["left_out"]
+    data = page_data({**LAB_CONFIG, "vertical_sync": True})
+    assert data["plans"][data["first"]]["name"] == "vertical sync"
+
+
+@pytest.fixture
+def program(monkeypatch, capsys, tmp_path):
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["pipedream_page.py", *map(str, arguments)])
+        return run_main(main), *capsys.readouterr()
+
+    return run
+
+
+def test_the_program_writes_one_file_and_says_where(program, tmp_path):
+    assert program("--num_batches", 1) == (0, "pipeline.html: open it in a browser\n", "")
+    (tmp_path / "my.csv").write_text("0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n")
+    status, _, err = program("--schedule", "my.csv", "--out", "new/pages")
+    assert (status, err) == (0, "")
+    assert sorted(p.name for p in tmp_path.rglob("*.html")) == ["pipeline.html"] * 2
+    data = page_data({**LAB_CONFIG, "schedule": str(tmp_path / "my.csv"), "num_microbatches": 2})
+    assert data["plans"][data["first"]]["name"] == "my.csv"
+    assert data["settings"].startswith("2 GPUs, 2 microbatches per batch")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--num_stages 0", "--out /dev/null", "--schedule none.csv", "--nope 1", "more", "--out",
+     "--num_batches 500", "--in_flight -1", "--chunks_per_gpu x"],
+)  # fmt: skip
+def test_bad_input_gets_one_line_and_writes_nothing(program, tmp_path, flags):
+    status, out, err = program(*flags.split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_many_ops_are_refused_from_python_too():
+    with pytest.raises(UserError, match="try fewer num_batches"):
+        page_data({**LAB_CONFIG, "num_batches": 400})
+
+
+def test_an_old_page_stays_whole_when_a_new_one_fails(program, tmp_path, monkeypatch):
+    (tmp_path / "pipeline.html").write_text("old")
+    monkeypatch.setattr(pipedream_page, "TEMPLATE", Path("missing.html"))
+    assert program()[0] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["pipeline.html"]
+    assert (tmp_path / "pipeline.html").read_text() == "old"
