@@ -21,6 +21,7 @@ from launch import launch
 
 import pipedream_distributed
 import pipedream_lab
+import pipedream_page
 import pipedream_simple
 import pipedream_visual
 from pipedream_simple import (
@@ -46,6 +47,7 @@ SCRIPTS = {
     "pipedream_simple.py": pipedream_simple.main,
     "pipedream_visual.py": pipedream_visual.main,
     "pipedream_lab.py": pipedream_lab.main,
+    "pipedream_page.py": pipedream_page.main,
     "pipedream_distributed.py": None,
 }
 
