@@ -18,7 +18,6 @@ import os
 import shutil
 import signal
 import sys
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -50,12 +49,11 @@ from pipedream_simple import (
     UserError,
     build_schedule,
     count,
+    idle_times,
     input_of,
     makespan,
-    memory_held,
     mismatches,
     parse_config,
-    peak_in_flight,
     peak_versions,
     run_main,
     schedule_name,
@@ -66,8 +64,9 @@ from pipedream_simple import (
 
 # --------------------------------------------------------------------------------------- look
 #
-# Hue says which microbatch, dark or light says forward or backward, and a label repeats both where
-# it fits: nothing is told by color alone. Lengths are in pixels.
+# Hue says which microbatch, or which weight version where versions are the subject. Dark or light
+# says forward or backward, and a label repeats both where it fits: nothing is told by color alone.
+# Lengths are in pixels.
 
 HUES = ("#0000cc", "#a66300", "#3c2859", "#8500a6", "#a60000", "#208080")  # microbatch m: m % 6
 INK, GREY, LANE, SHADE = "#222222", "#6b6b6b", "#ececec", "#bcbcbc"
@@ -98,9 +97,12 @@ KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gr
 TINT = {"F": 0, "B": 0.68, "I": 0.68, "W": 0.88}  # how much white
 
 
-def colors(op: Op) -> tuple[tuple, str]:
-    """Fill and label color of an op: its microbatch's hue, under white or a tint under black."""
-    hue, tint = to_rgb(HUES[op.microbatch % len(HUES)]), TINT[op.kind]
+def colors(op: Op, versions: bool = False) -> tuple[tuple, str]:
+    """Fill and label color of an op: its microbatch's hue, under white or a tint under black.
+
+    With versions, the hue is that of the weight version that it reads.
+    """
+    hue, tint = to_rgb(HUES[(op.version if versions else op.microbatch) % len(HUES)]), TINT[op.kind]
     return tuple(tint + (1 - tint) * part for part in hue), "black" if tint else "white"
 
 
@@ -140,16 +142,22 @@ def labelled(*places: Axes) -> list[Artist]:
     return list({label: artist for pairs in found for artist, label in pairs}.values())
 
 
-def add_legend(figure: Figure, ops: list[Op], more: Sequence[Artist]) -> None:
+def add_legend(
+    figure: Figure, ops: list[Op], more: Sequence[Artist], versions: bool = False
+) -> None:
     """At the foot of the sheet: what is drawn, and nothing else."""
     handles: list[Any] = []
     labels = []
     for kind, label in KINDS.items():
-        drawn = {op.microbatch: op for op in ops if op.kind == kind}
+        drawn = {op.version if versions else op.microbatch: op for op in ops if op.kind == kind}
         if drawn:
-            some = [drawn[m] for m in sorted(drawn)[:3]]
-            handles.append(tuple(Patch(color=colors(op)[0]) for op in some))
-            labels.append(f"{kind}{min(drawn)}: {label} of microbatch {min(drawn)}")
+            some = [drawn[key] for key in sorted(drawn)[:3]]
+            handles.append(tuple(Patch(color=colors(op, versions)[0]) for op in some))
+            if versions:
+                names = ", ".join(f"v{op.version}" for op in some)
+                labels.append(f"{kind}: {label} on {names}" + ", ..." * (len(drawn) > 3))
+            else:
+                labels.append(f"{kind}{min(drawn)}: {label} of microbatch {min(drawn)}")
     handles += more
     figure.legend(
         handles,
@@ -193,16 +201,17 @@ def add_boxes(axes: Axes, boxes: Boxes, **style) -> None:
 
 
 def add_labels(axes: Axes, boxes: Boxes, texts: list[str], inks: list[str]) -> None:
-    """Each text in the middle of its box, where it fits; all in one size, 12 to 19 pixels."""
-    edge = axes.get_xlim()[1]
-    x_scale, y_scale = axes.bbox.width / edge, axes.bbox.height / max(axes.get_ylim())
+    """Each text in the middle of what is seen of its box, where it fits; in one size, 12 to 19."""
+    (first, edge), (below, above) = axes.get_xlim(), axes.get_ylim()
+    x_scale, y_scale = axes.bbox.width / (edge - first), axes.bbox.height / abs(above - below)
     places, fits = [], []
     for (start, end, lane, top, bottom), text, ink in zip(boxes, texts, inks, strict=True):
         lines = text.split("\n")
-        across = 0.84 * (min(end, edge) - start) * x_scale / (0.64 * max(map(len, lines)))
+        left, right = max(start, first), min(end, edge)
+        across = 0.84 * (right - left) * x_scale / (0.64 * max(map(len, lines)))
         fit = min(across, 0.8 * (bottom - top) * y_scale / len(lines))  # font size that fills it
-        places.append(((start + min(end, edge)) / 2, lane + (top + bottom) / 2, text, ink, fit))
-        if end <= edge:
+        places.append(((left + right) / 2, lane + (top + bottom) / 2, text, ink, fit))
+        if (left, right) == (start, end):
             fits.append(fit)
     size = min(19, max(12, min(fits, default=12)))
     style: dict[str, Any] = {"fontsize": size * 72 / DPI, "ha": "center", "va": "center_baseline"}
@@ -212,15 +221,22 @@ def add_labels(axes: Axes, boxes: Boxes, texts: list[str], inks: list[str]) -> N
 
 
 def add_lanes(
-    figure: Figure, top: float, height: float, num_devices: int, until: float, name_at: float = 0.5
+    figure: Figure,
+    top: float,
+    height: float,
+    lanes: int | range,
+    until: float,
+    since: float = 0,
+    name_at: float = 0.5,
 ) -> Axes:
-    """A lane for every GPU, GPU0 on top, idle so far: lane d reaches from y = d to y = d + 1."""
+    """A lane for each of these GPUs, idle so far: lane d reaches from y = d to y = d + 1."""
+    gpus = range(lanes) if isinstance(lanes, int) else lanes
     axes = add_axes(figure, LEFT, top, figure.bbox.width - LEFT - RIGHT, height)
-    axes.set(xlim=(0, until), ylim=(num_devices, 0))
-    shown = range(0, num_devices, math.ceil(26 * num_devices / height))
+    axes.set(xlim=(since, until), ylim=(gpus[-1] + 1, gpus[0]))
+    shown = gpus[:: math.ceil(26 * len(gpus) / height)]
     axes.set_yticks([d + name_at for d in shown], [f"GPU{d}" for d in shown])
-    lanes = [(0, until, device, 0.06, 0.94) for device in range(num_devices)]
-    add_boxes(axes, lanes, facecolors=LANE, linewidths=0, zorder=0)
+    boxes = [(since, until, device, 0.06, 0.94) for device in gpus]
+    add_boxes(axes, boxes, facecolors=LANE, linewidths=0, zorder=0)
     ticks = max(4, int(axes.bbox.width // 92))
     axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda time, _: f"t{time:.10g}"))
@@ -228,18 +244,19 @@ def add_lanes(
 
 
 def draw_ops(
-    axes: Axes, events: list[Event], faded: str = "", versions: bool = False, stages: bool = False
+    axes: Axes, events: list[Event], faded: str = "", versions: int = 0, stages: bool = False
 ) -> None:
     """The primitive that draws the ops of every picture: a box for each, in the lane of its GPU.
 
-    Ops of the kind faded stay hollow. With versions, boxes take the upper half of the lane, and a
-    label also names the weights that the op reads. With stages, for GPUs that hold several, it
-    names the stage: 2F0 instead of F0.
+    Ops of the kind faded stay hollow. With versions, hue and label say which weights the op reads,
+    and below the boxes there is room for the bars of that many versions. With stages, for GPUs that
+    hold several, a label names the stage: 2F0 instead of F0.
     """
     events = [event for event in events if event.op.kind != "U"]
-    bottom, wide = 0.46 if versions else 0.94, slot_width(axes, events) > 8
+    bottom, wide = ops_end(versions), slot_width(axes, events) > 8
     boxes = [(start, end, device, 0.06, bottom) for _, device, start, end in events]
-    looks = [("white", GREY) if op.kind == faded else colors(op) for op, *_ in events]
+    by = bool(versions)
+    looks = [("white", GREY) if op.kind == faded else colors(op, by) for op, *_ in events]
     fills, inks = [fill for fill, _ in looks], [ink for _, ink in looks]
     edges = [SHADE if op.kind == faded else "white" for op, *_ in events]
     widths = [0.7 if wide or op.kind == faded else 0 for op, *_ in events]
@@ -249,6 +266,11 @@ def draw_ops(
     if versions:
         names = [f"{name}\nv{op.version}" for name, (op, *_) in zip(names, events, strict=True)]
     add_labels(axes, boxes, names, inks)
+
+
+def ops_end(versions: int) -> float:
+    """Where in a lane the boxes of ops end, with the bars of so many versions below them."""
+    return 0.06 + 0.88 / (1 + min(0.4 * versions, 3))
 
 
 def draw_handovers(axes: Axes, events: list[Event], num_stages: int) -> None:
@@ -269,7 +291,8 @@ def shortest(events: list[Event]) -> float:
 
 def slot_width(axes: Axes, events: list[Event]) -> float:
     """Pixels of the shortest op."""
-    return shortest(events) * axes.bbox.width / axes.get_xlim()[1]
+    first, last = axes.get_xlim()
+    return shortest(events) * axes.bbox.width / (last - first)
 
 
 def plot_width(events: list[Event], until: float) -> float:
@@ -294,7 +317,7 @@ def naive_pipeline(config: dict) -> Figure:
 
 
 def microbatch_forward(config: dict) -> Figure:
-    """The forward wave: while a stage works on a microbatch, the one before works on the next."""
+    """GPipe's forward wave: while a stage works on a microbatch, the one before has the next."""
     _, events = simulated(config, schedule="gpipe", num_batches=1)
     microbatches = count(config["num_microbatches"], "microbatch")
     used = utilization([event for event in events if event.op.kind == "F"])
@@ -303,18 +326,18 @@ def microbatch_forward(config: dict) -> Figure:
         f"This wave of {microbatches} uses {used:.1%} of the GPU time that it takes"
         + ("; with more it would be longer and use more." if used < 1 else "."),
     ]
-    return draw_batch(config, events, "Microbatches, forward", lines, faded="B")
+    return draw_batch(config, events, "GPipe, forward wave", lines, faded="B")
 
 
 def microbatch_backward(config: dict) -> Figure:
-    """The backward wave, on the time axis of the forward wave."""
+    """GPipe's backward wave, on the time axis of the forward wave."""
     _, events = simulated(config, schedule="gpipe", num_batches=1)
     lines = [
         "The last stage has the loss: the gradients start there and go back stage by stage.",
         f"Forward and backward take {makespan(events):.10g} time units at {utilization(events):.1%}"
         " utilization. The next batch waits until all of this one is back: a flush.",
     ]
-    return draw_batch(config, events, "Microbatches, backward", lines, faded="F")
+    return draw_batch(config, events, "GPipe, backward wave", lines, faded="F")
 
 
 def draw_batch(
@@ -336,6 +359,8 @@ def draw_batch(
     lanes = add_lanes(figure, top, lanes_height, num_devices, until)
     draw_ops(lanes, events, faded=faded)
     draw_handovers(lanes, wave, num_devices)
+    if faded:
+        name_triangles(lanes, wave)
 
     strip = add_axes(figure, LEFT, strip_top, lanes.bbox.width, 110)
     strip.set(xlim=(0, until), ylim=(0, num_devices), xticks=[], yticks=[0, num_devices])
@@ -357,6 +382,21 @@ def draw_batch(
     legend += [Patch(color=INK, label="all GPUs at work")] * any(full)
     add_legend(figure, [event.op for event in wave], legend)
     return figure
+
+
+def name_triangles(axes: Axes, wave: list[Event]) -> None:
+    """The two triangles of a wave's bubble, each named in its longest lane."""
+    begin, boxes, texts = min(event.start for event in wave), [], []
+    for cause, text in (("fill", "nothing has arrived"), ("drain", "nothing is left")):
+        gaps = [
+            (max(idle.start, begin), idle.end, idle.device, 0.06, 0.94)
+            for idle in idle_times(wave)
+            if idle.cause == cause
+        ]
+        if gaps:
+            boxes.append(max(gaps, key=lambda gap: gap[1] - gap[0]))
+            texts.append(f"{cause}:\n{text}")
+    add_labels(axes, boxes, texts, [GREY] * len(boxes))
 
 
 def at_work(events: list[Event]) -> list[tuple[float, float, int]]:
@@ -393,138 +433,170 @@ def lifetimes(schedule: Schedule, events: list[Event]) -> list[list[Lifetime]]:
     return lives
 
 
-def stale_reads(schedule: Schedule) -> set[Op]:
-    """The forwards and backwards that read a version when their stage has a newer one."""
-    return {
-        op
-        for row in schedule
-        for op, newest in zip(row, itertools.accumulate(op.kind == "U" for op in row), strict=True)
-        if op.kind != "U" and op.version < newest
-    }
+def lanes_of(axes: Axes) -> range:
+    """The GPUs whose lanes these axes show."""
+    below, above = axes.get_ylim()
+    return range(round(above), round(below))
 
 
-def draw_memory(axes: Axes, schedule: Schedule, events: list[Event], most: int) -> None:
-    """The strips in a GPU's lane: its weight versions, and its microbatches in flight."""
-    num_rows, over = max(peak_versions(schedule)), makespan(events)
-    high = 0.28 / num_rows  # of a version's bar; versions alive at once lie in different rows
-    newest, stashed, names = [], [], []
-    for device, lives in enumerate(lifetimes(schedule, events)):
-        free_at = [0.0] * num_rows
-        for version, (start, superseded, end) in enumerate(lives):
-            row = next(row for row in range(num_rows) if free_at[row] <= start)
+def draw_memory(axes: Axes, schedule: Schedule, events: list[Event], rows: int) -> None:
+    """Below the ops of each lane, in so many rows, the weight versions that its GPU holds.
+
+    Filled while a version is the newest, hollow while it is kept for ops that still read it.
+    """
+    over, top, lanes = makespan(events), ops_end(rows) + 0.03, lanes_of(axes)
+    high = (0.97 - top) / rows  # of a version's bar; versions alive at once lie in different rows
+    lives = lifetimes(schedule, events)
+    newest: list[tuple] = []
+    kept: list[tuple] = []
+    for device in lanes:
+        free_at, last_reader = [0.0] * rows, {op.version: op for op in schedule[device]}
+        for version, (start, superseded, end) in enumerate(lives[device]):
+            row = next(row for row in range(rows) if free_at[row] <= start)
             free_at[row] = end
-            place = device, 0.5 + (row + 0.1) * high, 0.5 + (row + 0.9) * high
-            newest.append((start, min(superseded, over), *place))
-            names.append(f"v{version}")
+            place = device, top + (row + 0.1) * high, top + (row + 0.9) * high
+            fill, name = colors(Op(device, "B", 0, version), versions=True)[0], f"v{version}"
+            newest.append(((start, min(superseded, over), *place), fill, name))
             if end > superseded:
-                stashed.append((superseded, end, *place))
-    thick = high * axes.bbox.height / len(schedule) > 8  # pixels
+                if len(lanes) == 1:
+                    name += f", kept until B{last_reader[version].microbatch} has read it"
+                kept.append(((superseded, end, *place), "white", name))
+    thick = high * axes.bbox.height / len(lanes) > 8  # pixels
     ink = {"edgecolors": INK, "linewidths": 0.7 if thick else 0, "zorder": 2}
-    add_boxes(axes, newest, facecolors=SHADE, label="newest version", **ink)
-    label = "old version, kept (stashed)"
-    add_boxes(axes, stashed, facecolors="white", hatch="//////", label=label, **ink)
-    add_labels(axes, newest, names, [INK] * len(names))
-
-    ended = {event.op: event.end for event in events}
-    for device, ops in enumerate(schedule):
-        times = [0, *(ended[op] for op in ops)]
-        held = np.array([0, *(in_flight for in_flight, _ in memory_held(ops))])
-        style: dict[str, Any] = {"color": GREY, "lw": 0, "zorder": 2}
-        base = device + 0.97
-        y_held, label = base - 0.17 * held / most, "microbatches in flight"
-        axes.fill_between(times, y_held, base, step="post", label=label, **style)
+    for label, bars in (("newest version", newest), ("old version, kept (stashed)", kept)):
+        boxes = [box for box, _, _ in bars]
+        add_boxes(axes, boxes, facecolors=[fill for _, fill, _ in bars], label=label, **ink)
+        add_labels(axes, boxes, [name for *_, name in bars], [INK] * len(bars))
 
 
-def draw_marks(axes: Axes, schedule: Schedule, events: list[Event], until: float) -> None:
-    """Where a stage updates, which ops read an old version, and which backwards the wrong one."""
-    updates = [(device, end) for op, device, _, end in events if op.kind == "U" and end <= until]
+def draw_marks(axes: Axes, schedule: Schedule, events: list[Event], bottom: float) -> None:
+    """Where a stage updates, and which backwards read the wrong weights."""
+    (first, last), lanes = axes.get_xlim(), lanes_of(axes)
+    updates = [
+        (device, end)
+        for op, device, _, end in events
+        if op.kind == "U" and device in lanes and first <= end <= last
+    ]
     devices, times = np.array(updates, dtype=float).reshape(-1, 2).T
     line: dict[str, Any] = {"colors": INK, "lw": 2.5, "zorder": 4, "clip_on": False}
-    axes.vlines(times, devices + 0.02, devices + 0.5, gid="updates", **line)
+    axes.vlines(times, devices + 0.02, devices + bottom + 0.04, gid="updates", **line)
     axes.plot([], [], "|", color=INK, ms=11, mew=2.5, label="weight update")
-    stale, wrong = stale_reads(schedule), {*mismatches(schedule)}
-    cross = {"edgecolor": "#00000066", "lw": 0.5, "hatch": "xxxx"}
-    inset = 2 * until / axes.bbox.width
-    for ops, label, style in (
-        (stale, "reads a stashed version", {"edgecolor": INK, "lw": 1.6}),
-        (wrong, "reads other weights than its forward did", cross),
-    ):
-        boxes = [
-            (start + inset, end - inset, device, 0.08, 0.44)
-            for op, device, start, end in events
-            if op in ops and start < until and end - start > 7 * inset
-        ]
-        add_boxes(axes, boxes, facecolors="none", zorder=2.5, label=label, **style)
+    wrong, inset = {*mismatches(schedule)}, 2 * (last - first) / axes.bbox.width
+    boxes = [
+        (start + inset, end - inset, device, 0.08, bottom - 0.02)
+        for op, device, start, end in events
+        if op in wrong and device in lanes and first < end and start < last
+        if end - start > 7 * inset
+    ]
+    cross = {"edgecolor": "#00000099", "lw": 0.5, "hatch": "xxxx"}
+    label = "reads other weights than its forward did"
+    add_boxes(axes, boxes, facecolors="none", zorder=2.5, label=label, **cross)
 
 
-def draw_versions(
-    figure: Figure, top: float, lane: float, until: float, run: Simulated, most_in_flight: int
-) -> Axes:
-    """Lanes of ops, each with the version that it reads, above the memory strips."""
-    schedule, events = run
-    axes = add_lanes(figure, top, lane * len(schedule), len(schedule), until, name_at=0.26)
-    draw_ops(axes, [event for event in events if event.start < until], versions=True)
-    draw_memory(axes, schedule, events, most_in_flight)
-    draw_marks(axes, schedule, events, until)
-    return axes
+class Panel(NamedTuple):
+    """A part of the fourth picture: some GPUs of a run, in a window of time."""
 
-
-def lane_height(schedule: Schedule) -> float:
-    """Room for labels in the bars of all versions, as long as all lanes fit on a sheet."""
-    return min(max(150, 68 * max(peak_versions(schedule))), 1600 / len(schedule))
-
-
-def name_strips(axes: Axes, versions: list, in_flight: list, size: float = 7) -> list[Any]:
-    """Beside each lane, if it is high enough: names of its strips on the left, peaks on the right.
-
-    Returns the texts on the right, those for versions first.
-    """
-    texts = []
-    left, right = -8 / axes.bbox.width, 1 + 10 / axes.bbox.width
-    style: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
-    for y, name, values in ((0.64, "versions", versions), (0.89, "in flight", in_flight)):
-        for device, value in enumerate(values if axes.bbox.height > 90 * len(values) else []):
-            axes.text(left, device + y, name, ha="right", fontsize=7, **style)
-            texts.append(axes.text(right, device + y, f"max {value}", fontsize=size, **style))
-    return texts
+    heading: str
+    run: Simulated
+    gpus: range
+    since: float
+    until: float
+    lane: float  # height
+    example: tuple[Op, Op] | None = None
 
 
 def weight_versioning(config: dict) -> Figure:
-    """Which weights every op reads, what is stashed for it; and that a flush needs no stash."""
-    other = "1f1b" if config["schedule"] == "pipedream" else "pipedream"
-    both = config, {**config, "schedule": other, "weight_stashing": True}
-    runs = [simulated(settings) for settings in both]
-    schedule, events = runs[0]
-    shown = min(
-        2 + math.ceil(config["num_stages"] / config["num_microbatches"]), config["num_batches"]
-    )
-    until = max(end for op, _, _, end in events if op.kind == "U" and op.version == shown - 1)
-    most_in_flight = max(max(peak_in_flight(schedule)) for schedule, _ in runs)
+    """A GPU's stash at work, the same moment without it, and the versions on all GPUs.
 
-    example = find_example(schedule)
-    title, lines = tell_versions(config, schedule, events, example)
-    above, below = (batches_done(events, until) for _, events in runs)
-    batches = count(config["num_batches"], "batch")
-    lines.append(f"Shown up to t{until:.10g}: {above} of {batches} done above, {below} below.")
-    lane = max(lane_height(schedule) for schedule, _ in runs)
-    top, bracket = LINE * (len(lines) + 1) + 24, 34 if example else 0
-    panel = LINE + 10 + lane * len(schedule) + 60
-    width = LEFT + plot_width(events, until) + RIGHT
-    figure = new_picture(width, top + bracket + 2 * panel + 80, title, lines)
-    for row, (settings, run) in enumerate(zip(both, runs, strict=True)):
-        schedule, events = run
-        place = top + row * (bracket + panel)
-        heading = f"{', '.join(schedule_name(settings))}: {batches} in {makespan(events):.10g} "
-        add_heading(figure, place, f"{heading}time units, {utilization(events):.1%} utilization")
-        place += LINE + 10 + bracket * (row == 0)
-        axes = draw_versions(figure, place, lane, until, run, most_in_flight)
-        name_strips(axes, peak_versions(schedule), peak_in_flight(schedule))
-        if row == 0 and example:
+    A run that flushes needs no stash: PipeDream's is drawn below it, for contrast.
+    """
+    run, stream = simulated(config), {**config, "schedule": "pipedream"}
+    kept = simulated(stream, weight_stashing=True)
+    lost = simulated(stream, weight_stashing=False, vertical_sync=False)
+    panels = [all_gpus(config, run)]
+    if find_example(kept[0]):
+        close = close_up("with", kept), close_up("at the same time without", lost)
+        panels = [*close, *panels] if config["schedule"] == "pipedream" else [*panels, *close]
+    title, lines = tell_versions(config, run)
+    lines.append("Color: the version that is read; dark for a forward, light for a backward.")
+    top, bracket = LINE * (len(lines) + 1) + 24, 34
+    heights = [
+        2 * LINE + 36 + bracket * bool(panel.example) + panel.lane * len(panel.gpus)
+        for panel in panels
+    ]
+    width = max(plot_width(panel.run[1], panel.until - panel.since) for panel in panels)
+    figure = new_picture(LEFT + width + RIGHT, top + sum(heights) + 70, title, lines)
+    for panel, place in zip(panels, itertools.accumulate(heights, initial=top), strict=False):
+        heading, (schedule, events), gpus, since, until, lane, example = panel
+        add_heading(figure, place, heading)
+        place += LINE + 6 + bracket * bool(example)
+        rows = max(peak_versions(schedule)[gpu] for gpu in gpus)
+        axes = add_lanes(figure, place, lane * len(gpus), gpus, until, since, ops_end(rows) / 2)
+        draw_versions(axes, schedule, events, rows)
+        if example:
             draw_example(axes, events, *example)
-    idle: list[Artist] = [IDLE] * any(utilization(events) < 1 for _, events in runs)
-    ops = [event.op for event in events if event.start < until]
-    add_legend(figure, ops, labelled(*figure.axes) + idle)
+    shown = [e.op for p in panels for e in p.run[1] if e.device in p.gpus and e.start < p.until]
+    idle: list[Artist] = [IDLE] * any(utilization(panel.run[1]) < 1 for panel in panels)
+    add_legend(figure, shown, labelled(*figure.axes) + idle, versions=True)
     return figure
+
+
+def all_gpus(config: dict, run: Simulated) -> Panel:
+    """All lanes, for the first batches: so many that stashed versions come and go."""
+    (schedule, events), num_devices = run, config["num_stages"]
+    batches = 2 + math.ceil(num_devices / config["num_microbatches"])
+    last = min(batches, config["num_batches"]) - 1
+    until = max(end for op, _, _, end in events if op.kind == "U" and op.version == last)
+    most, done = max(peak_versions(schedule)), batches_done(events, until)
+    heading = f"{count(num_devices, 'GPU')} until t{until:.10g}: {done} of "
+    heading += f"{count(config['num_batches'], 'batch')} done, at most "
+    heading += f"{count(most, 'weight version')} on a GPU"
+    lane = min(lane_height(62, most), 1600 / num_devices)
+    return Panel(heading, run, range(num_devices), 0, until, lane)
+
+
+def close_up(name: str, run: Simulated) -> Panel:
+    """The GPU of the example, from its forward to as long after its backward."""
+    schedule, events = run
+    example = find_example(schedule)
+    assert example
+    gpu, (forward, backward) = example[0].stage, (event for event in events if event.op in example)
+    since = max(0, forward.start - shortest(events))
+    until = min(makespan(events), 2 * backward.end - since)
+    lane = lane_height(100, peak_versions(schedule)[gpu])
+    return Panel(
+        f"PipeDream's GPU{gpu} {name} weight stashing",
+        run,
+        range(gpu, gpu + 1),
+        since,
+        until,
+        lane,
+        example,
+    )
+
+
+def lane_height(ops: float, rows: int) -> float:
+    """Of a lane whose ops are so high, with the bars of so many versions below them."""
+    return 0.88 * ops / (ops_end(rows) - 0.06)
+
+
+def draw_versions(axes: Axes, schedule: Schedule, events: list[Event], rows: int) -> None:
+    """Ops in the color of the version that they read, above the versions that each GPU holds."""
+    (first, last), lanes = axes.get_xlim(), lanes_of(axes)
+    shown = [e for e in events if e.device in lanes and e.end > first and e.start < last]
+    draw_ops(axes, shown, versions=rows)
+    draw_memory(axes, schedule, events, rows)
+    draw_marks(axes, schedule, events, ops_end(rows))
+    for device in lanes if axes.bbox.height > 70 * len(lanes) else ():
+        y, most = device + (ops_end(rows) + 0.97) / 2, peak_versions(schedule)[device]
+        beside(axes, -8, y, "versions", ha="right", fontsize=7)
+        beside(axes, axes.bbox.width + 10, y, f"max {most}", fontsize=7)
+
+
+def beside(axes: Axes, x: float, y: float, text: str, **style) -> Any:
+    """A text beside a lane: x in pixels from the left end of all lanes."""
+    across = axes.get_yaxis_transform()
+    return axes.text(x / axes.bbox.width, y, text, transform=across, va="center", **style)
 
 
 def batches_done(events: list[Event], until: float) -> int:
@@ -534,39 +606,44 @@ def batches_done(events: list[Event], until: float) -> int:
 
 
 def find_example(schedule: Schedule) -> tuple[Op, Op] | None:
-    """A forward on the newest version, and its backward when there is a newer one; if any."""
-    special = stale_reads(schedule) | {*mismatches(schedule)}
-    ops = {op[:3]: op for row in schedule for op in row}
-    backwards = (op for op in ops.values() if op.kind == "B" and op in special)
-    return next(((ops[op.stage, "F", op.microbatch], op) for op in backwards), None)
+    """A forward, and its backward at a time when the stage has newer weights; if any."""
+    for row in schedule:
+        newest, forwards = 0, {}
+        for op in row:
+            newest += op.kind == "U"
+            if op.kind == "F":
+                forwards[op.microbatch] = op
+            elif op.kind == "B" and forwards[op.microbatch].version < newest:
+                return forwards[op.microbatch], op
+    return None
 
 
 def draw_example(axes: Axes, events: list[Event], forward: Op, backward: Op) -> None:
     """A bracket above the GPU's lane, from the forward to its backward."""
     at = {op: (start + end) / 2 for op, _, start, end in events}
     left, right = at[forward], at[backward]
-    pixel = axes.get_ylim()[0] / axes.bbox.height
+    pixel = len(lanes_of(axes)) / axes.bbox.height
     low, high = backward.stage + 0.05, backward.stage - 15 * pixel
     style: dict[str, Any] = {"color": INK, "clip_on": False, "zorder": 4}
     axes.plot([left, left, right, right], [low, high, high, low], lw=1.5, gid="example", **style)
     axes.plot([right], [low], marker="v", ms=6, gid="arrow", **style)
     (*_, m, old), new = forward, backward.version
     same = f"B{m} reads v{new}, as F{m} did"
-    text = same if old == new else f"F{m} read v{old}, B{m} reads v{new}"
-    axes.text((left + right) / 2, high - 5 * pixel, text, ha="center", va="bottom", fontsize=8)
+    text = same if old == new else f"F{m} read v{old}, B{m} reads v{new}: a wrong gradient"
+    axes.text((left + right) / 2, high - 5 * pixel, text, ha="center", va="bottom")
 
 
-def tell_versions(
-    config: dict, schedule: Schedule, events: list[Event], example: tuple[Op, Op] | None
-) -> tuple[str, list[str]]:
+def tell_versions(config: dict, run: Simulated) -> tuple[str, list[str]]:
     """Title and lines: what is stashed and why, with the figures of this run."""
+    schedule, events = run
     if config["schedule"] != "pipedream":
         idle = 1 - utilization(events)
         price = f", and {idle:.1%} of the GPU time is idle" if idle > 0 else ""
         return f"With a flush one weight version is enough{price}", [
             "Updates wait until nothing is in flight: a backward reads what its forward read.",
-            "Below, PipeDream does not wait, and keeps old weights for what is in flight.",
+            "PipeDream does not wait, and keeps old weights for what is in flight.",
         ]
+    example = find_example(schedule)
     if example is None:
         return "Nothing to stash: here no update happens while a microbatch is in flight", [
             "With more stages and batches, PipeDream updates while microbatches are in flight.",
@@ -596,10 +673,6 @@ def utilization_comparison(config: dict) -> Figure:
         (in_batch, "1F1B: a flush per batch", {"schedule": "1f1b"}),
         (in_run, "PipeDream: no flush", {"schedule": "pipedream"}),
     ]
-    for n, quoted in ((3 * (num_stages - 1), "75%"), (9 * (num_stages - 1), "90%")):
-        if 0 < n * num_stages < 50_000:
-            sizes = {"num_microbatches": n, "batch_size": n, "num_batches": 1}
-            runs.append((n, f"a round {quoted} by the formula", {"schedule": "1f1b", **sizes}))
     parts = [utilization(simulated(config, **settings)[1]) for *_, settings in runs]
     points: dict[int, tuple[float, list[str]]] = {}
     for (n, name, _), part in zip(runs, parts, strict=True):
@@ -615,11 +688,11 @@ def utilization_comparison(config: dict) -> Figure:
     if max(map(abs, gaps)) > 1e-6:
         low, high = (f"{round(gap, 1) + 0:+.1f}" for gap in (min(gaps), max(gaps)))
         lines.append(f"Here they are not: these runs differ from it by {low} to {high} points.")
-    title = "GPU utilization: " + " → ".join(f"{part:.1%}" for part in parts[:3])
+    title = "GPU utilization: " + " → ".join(f"{part:.1%}" for part in parts)
     figure = new_picture(1760, 900, title, lines)
-    names = [name.replace(": ", "\n") for _, name, _ in runs[:3]]
-    draw_bars(add_axes(figure, 90, 170, 640, 590), names, parts[:3])
-    draw_curve(add_axes(figure, 900, 170, 800, 440), points, num_stages)
+    names = [name.replace(": ", "\n") for _, name, _ in runs]
+    draw_bars(add_axes(figure, 120, 170, 640, 590), names, parts)
+    draw_curve(add_axes(figure, 930, 170, 780, 480), points, num_stages)
     return figure
 
 
@@ -633,7 +706,7 @@ def draw_bars(axes: Axes, names: Sequence[str], parts: list[float]) -> None:
     axes.bar(range(len(parts)), parts, 0.66, color=HUES[0])
     axes.bar(range(len(parts)), [1 - part for part in parts], 0.66, bottom=parts, color=LANE)
     axes.set_xticks(range(len(parts)), names, fontsize=10)
-    axes.set(ylim=(0, 1), yticks=[])
+    axes.set(ylim=(0, 1), yticks=[], ylabel="GPU time")
     for x, part in enumerate(parts):
         y, ink = (part / 2, "white") if part >= 0.06 else (part + 0.04, HUES[0])  # above a low bar
         style: dict[str, Any] = {"ha": "center", "va": "center"}
@@ -648,7 +721,7 @@ def draw_curve(axes: Axes, points: dict[int, tuple[float, list[str]]], num_stage
     axes.set(xscale="log", xlim=(0.9, right), ylim=(0, 1.03))
     x, label = np.geomspace(0.9, right, 200), f"formula n / (n + {num_stages - 1})"
     axes.plot(x, in_a_row(x, num_stages), color=GREY, label=label, zorder=1)
-    for (n, (part, texts)), marker in zip(sorted(points.items()), "os^Dv", strict=False):
+    for (n, (part, texts)), marker in zip(sorted(points.items()), "os^", strict=False):
         label = f"n = {n:,}: {part:.1%}  " + "\n".join(texts)
         axes.plot([n], [part], marker, ms=8, color=HUES[0], label=label, zorder=2, clip_on=False)
         axes.plot([0.9, n, n], [part, part, 0], color=HUES[0], lw=0.7, ls=":", zorder=1)
@@ -658,6 +731,7 @@ def draw_curve(axes: Axes, points: dict[int, tuple[float, list[str]]], num_stage
     axes.set_yticks([0, 0.25, 0.5, 0.75, 0.9, 1])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda part, _: f"{part:.0%}"))
     axes.set_xlabel("n: microbatches in a row without a flush")
+    axes.set_ylabel("GPU utilization")
     axes.spines[["left", "bottom"]].set_visible(True)
     axes.legend(loc="upper left", bbox_to_anchor=(-0.07, -0.17), frameon=False)
 
@@ -679,57 +753,112 @@ def write_picture(draw: Callable[[dict], Figure], config: dict, path: Path) -> s
 
 # -------------------------------------------------------------------------------- the animation
 
-FRAMES_PER_SECOND, MOST_FRAMES = 4, 60  # of a longer run only every so many times are shown
+FRAME, STOP, MOST_FRAMES = 800, 4000, 30  # milliseconds; of a longer run only some times are shown
 
 
-def make_movie(config: dict) -> tuple[Figure, list[float], Callable[[float], None]]:
-    """The whole run as a picture, the times of its frames, and a function that shows one of them.
+def make_movie(config: dict) -> tuple[Figure, dict[float, int], Callable[[float], None]]:
+    """GPipe above PipeDream on one time axis: one flushes, the other does not.
 
-    Up to that time the run is drawn, and beside each lane is what that GPU holds then.
+    Returns the picture, {time of a frame: its milliseconds}, and a function that shows one.
     """
-    schedule, events = simulated(config)
-    num_devices, until = len(schedule), makespan(events)
-    gpus, used = count(num_devices, "GPU"), utilization(events)
-    title = f"{', '.join(schedule_name(config))}: {used:.1%} utilization on {gpus}"
-    lane, top, most = lane_height(schedule), 2 * LINE + 40, max(peak_in_flight(schedule))
-    width = LEFT + plot_width(events, until) + RIGHT + 100
-    figure = new_picture(width, top + lane * num_devices + 140, title, [" "])
-    axes = draw_versions(figure, top, lane, until, (schedule, events), most)
-    add_legend(figure, [op for op, *_ in events], labelled(axes) + [IDLE] * (used < 1))
-    beside = name_strips(axes, [0] * num_devices, [0] * num_devices, size=10)
+    configs = [{**config, "schedule": name} for name in ("gpipe", "pipedream")]
+    runs = [simulated(settings) for settings in configs]
+    until, num_devices = all_gpus(configs[1], runs[1]).until, config["num_stages"]
+    lane, top = min(72, 1100 / num_devices) * num_devices, 2 * LINE + 36
+    width = LEFT + plot_width(runs[1][1], until) + RIGHT
+    title = f"To flush or not to flush: GPipe and PipeDream on {count(num_devices, 'GPU')}"
+    figure = new_picture(width, top + 2 * (lane + 2 * LINE + 24) + 50, title, [" "])
+    players = []
+    for row, (settings, run) in enumerate(zip(configs, runs, strict=True)):
+        place = top + row * (lane + 2 * LINE + 24)
+        players.append(add_player(figure, place, lane, until, settings, run))
+    ops = [event.op for _, events in runs for event in events if event.start < until]
+    add_legend(figure, ops, [*labelled(*figure.axes), IDLE])
+
+    stops = moments(runs, until)
+    times = sorted({end for _, events in runs for *_, end in events if end <= until})
+    every = math.ceil(len(times) / MOST_FRAMES)
+    frames = dict.fromkeys(times[every - 1 :: every], FRAME) | dict.fromkeys(stops, STOP)
+
+    def show(time: float) -> None:
+        figure.texts[1].set_text(f"t{time:.10g}" + (f": {stops[time]}" if time in stops else ""))
+        for play in players:
+            play(time)
+
+    return figure, dict(sorted(frames.items())), show
+
+
+def add_player(
+    figure: Figure, top: float, height: float, until: float, config: dict, run: Simulated
+) -> Callable[[float], None]:
+    """Lanes of a run up to a time, under a heading; returns a function that hides what is later.
+
+    Beside each lane are the weight versions that its GPU holds then.
+    """
+    (schedule, events), num_devices = run, len(run[0])
+    lives, batches = lifetimes(schedule, events), count(config["num_batches"], "batch")
+    add_heading(figure, top, " ")
+    heading = figure.texts[-1]
+    axes = add_lanes(figure, top + LINE, height, num_devices, until)
+    draw_ops(axes, [event for event in events if event.start < until])
+    draw_marks(axes, schedule, events, 0.9)
     future = Rectangle((0, 0), until, num_devices, color="white", zorder=5, clip_on=False)
     axes.add_patch(future)
     margin = 8 * until / axes.bbox.width  # the mark of an update at the very end needs it
     cursor = axes.axvline(0, color=INK, lw=1, zorder=6, clip_on=False)
+    right = axes.bbox.width + 12
+    held = [beside(axes, right, d + 0.5, "") for d in range(num_devices)]
+    beside(axes, right, -12 * num_devices / height, "holds", fontsize=8)
 
-    batches, lives = count(config["num_batches"], "batch"), lifetimes(schedule, events)
-    ended = {event.op: event.end for event in events}
-    ends = [[ended[op] for op in row] for row in schedule]
-    in_flight = [[0, *(number for number, _ in memory_held(row))] for row in schedule]
-
-    def show(time: float) -> None:
+    def play(time: float) -> None:
         future.set_bounds(time, 0, until + margin - time if time < until else 0, num_devices)
         cursor.set_xdata([time, time])
-        figure.texts[1].set_text(f"t{time:.10g}: {batches_done(events, time)} of {batches} done")
-        for device, (versions, number) in enumerate(
-            zip(beside, beside[num_devices:], strict=False)
-        ):
-            alive = [v for v, life in enumerate(lives[device]) if life.start <= time < life.end]
-            many = f"v{alive[0]}...v{alive[-1]} ({len(alive)})"
-            versions.set_text(many if len(alive) > 2 else " ".join(f"v{v}" for v in alive))
-            number.set_text(str(in_flight[device][bisect_right(ends[device], time)]))
+        heading.set_text(
+            f"{schedule_name(config)[0]}: {batches_done(events, time)} of {batches} done; "
+            f"{used_until(events, time, num_devices):.1%} of the GPU time used so far"
+        )
+        for text, mine in zip(held, lives, strict=True):
+            alive = [f"v{v}" for v, life in enumerate(mine) if life.start <= time < life.end]
+            text.set_text(" ".join(alive) if len(alive) < 3 else f"{alive[0]}-{alive[-1]}")
 
-    times = sorted({time for event in events for time in (event.start, event.end)})
-    return figure, [*times[: -1 : math.ceil(len(times) / MOST_FRAMES)], times[-1]], show
+    return play
+
+
+def used_until(events: list[Event], time: float, num_devices: int) -> float:
+    """The utilization up to that time."""
+    return sum(min(e.end, time) - e.start for e in events if e.start < time) / (time * num_devices)
+
+
+def moments(runs: list[Simulated], until: float) -> dict[float, str]:
+    """The times at which the movie stops, and what has just happened."""
+    (_, flushed), (schedule, events) = runs
+    num_devices, stops = len(schedule), {}
+    stops[events[0].end] = "GPU0 has done F0." + " No other GPU could start." * (num_devices > 1)
+    time = max(end for op, _, _, end in flushed if op.kind == "U" and op.version == 0)
+    idle, other = (f"{1 - used_until(each, time, num_devices):.1%}" for each in (flushed, events))
+    stops[time] = (
+        f"GPipe has emptied its pipeline and updates: {idle} of its GPU time was idle, {other} of "
+        "PipeDream's."
+    )
+    if example := find_example(schedule):
+        (gpu, _, m, old), (*_, read) = example
+        time = next(end for op, _, _, end in events if op == example[1])
+        stops[time] = f"PipeDream's GPU{gpu} has v{old + 1} by now, and "
+        stops[time] += f"keeps v{old}: B{m} reads v{read}, as F{m} did."
+        if read != old:
+            stops[time] = f"GPU{gpu}: F{m} read v{old}, B{m} reads v{read}, a wrong gradient."
+    done = count(batches_done(flushed, until), "batch")
+    stops[until] = f"GPipe has done {done}, PipeDream {batches_done(events, until)}."
+    return stops
 
 
 def write_movie(config: dict, path: Path) -> str:
-    """Save the movie as a GIF, the last frame for three seconds; return its title.
+    """Save the movie as a GIF; return its title.
 
     All frames share the palette of the last one, so that a frame only stores what changes: half as
     much as with a palette for each.
     """
-    figure, times, show = make_movie(config)
+    figure, durations, show = make_movie(config)
     figure.dpi, canvas = min(0.6, 1400 / figure.bbox.width) * DPI, FigureCanvasAgg(figure)
 
     def frame(time: float) -> Image.Image:
@@ -737,10 +866,10 @@ def write_movie(config: dict, path: Path) -> str:
         canvas.draw()
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
-    palette = frame(times[-1]).quantize(128)
-    frames = [frame(time).quantize(palette=palette, dither=Image.Dither.NONE) for time in times]
-    durations = [1000 // FRAMES_PER_SECOND] * (len(times) - 1) + [3000]  # milliseconds
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    palette = frame(max(durations)).quantize(128)
+    frames = [frame(time).quantize(palette=palette, dither=Image.Dither.NONE) for time in durations]
+    milliseconds = [*durations.values()]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
     return figure.texts[0].get_text()
 
 
