@@ -463,7 +463,7 @@ class Bytes(NamedTuple):
     weights: int  # of all versions that exist
     activations: int  # kept for the backwards to come; with gradients kept by I for W
     gradients: int  # of the weights, for the batch so far
-    velocities: int  # of the weights, with momentum
+    velocities: int = 0  # of the weights, with momentum
 
 
 class MeteredWorker(SplitWorker):
@@ -486,7 +486,7 @@ class MemoryMeter:
         self.device_of = {op.stage: device for device, row in enumerate(schedule) for op in row}
         self.alive: list[list[WeakSet]] = [[WeakSet() for _ in Bytes._fields] for _ in schedule]
         self.saved: WeakSet = WeakSet()  # by the op that runs
-        self.peak = [Bytes(0, 0, 0, 0) for _ in schedule]
+        self.peak = [Bytes(0, 0, 0) for _ in schedule]
 
     def train(self, plan: Plan) -> Run:
         def note(tensor: Tensor) -> Tensor:
@@ -1019,8 +1019,8 @@ def balance(config: dict) -> None:
     num_stages = plan.config["num_stages"]
     if len(plan.schedule) != num_stages:
         raise UserError(f"{plan.name}: a GPU holds several stages, but balance cuts one for each")
-    cut = itertools.chain.from_iterable(build_stages(plan.config))  # layer by layer
-    layers = [*cut] if config["network"] == "transformer" else uneven_layers(plan.config)
+    layers = [layer for stage in build_stages(plan.config) for layer in stage.children()]
+    layers = layers if config["network"] == "transformer" else uneven_layers(plan.config)
     forward, backward = measure_stages(plan.config, layers)
     costs = [f + b for f, b in zip(forward, backward, strict=True)]
     print(f"{count(len(costs), 'layer')}, ms:", format_per_gpu([f"{c:.3f}" for c in costs], 10))
