@@ -34,6 +34,7 @@ import shutil
 import signal
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -218,15 +219,16 @@ def pin_versions(
     schedule = []
     for row in map(list, rows):
         stages = sorted({stage for stage, _, _ in row})  # one, except in the lab's interleaved
-        newest, num_backwards, ops = 0, 0, []
+        left = Counter(m // num_microbatches for _, kind, m in row if kind in ("B", "W"))
+        newest, ops = 0, []
         for stage, kind, microbatch in row:
-            version = newest
+            version, batch = newest, microbatch // num_microbatches
             if weight_stashing:
                 pinned_by = 0 if vertical_sync else stage  # row 0 comes first: stage 0 has pinned
-                version = pinned.setdefault((pinned_by, microbatch // num_microbatches), newest)
+                version = pinned.setdefault((pinned_by, batch), newest)
             ops.append(Op(stage, kind, microbatch, version))
-            num_backwards += kind in ("B", "W")
-            if kind in ("B", "W") and num_backwards % (num_microbatches * len(stages)) == 0:
+            left[batch] -= kind in ("B", "W")
+            if kind in ("B", "W") and left[batch] == 0:
                 ops += [Op(s, "U", microbatch, newest) for s in stages]
                 newest += 1
         schedule.append(ops)
@@ -280,8 +282,9 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
     """When would the GPUs run these rows? The only place where time comes from.
 
     An op starts when its GPU is free and its input has arrived. Nothing here knows schedules or
-    bubbles: a GPU is idle while its next op waits. Updates take no time. Returns the events sorted
-    by start, each after the one it needs; ValueError if GPUs wait for each other.
+    bubbles: a GPU is idle while its next op waits. Updates take no time, unless the config has an
+    update_time. Returns the events sorted by start, each after the one it needs; ValueError if GPUs
+    wait for each other.
 
     >>> config = {**CONFIG, "num_stages": 2, "num_microbatches": 1, "num_batches": 1}
     >>> print(*(f"{e.op}@{e.start}-{e.end}" for e in simulate(build_schedule(config), config)))
@@ -291,13 +294,15 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
     duration: dict[str, list[float]] = {
         "F": per_stage(config, "forward_time"),
         "B": per_stage(config, "backward_time"),
-        "U": [0] * num_stages,
+        "U": per_stage({"update_time": 0, **config}, "update_time"),
     }
     duration["I"] = duration["W"] = [time / 2 for time in duration["B"]]
     comm_time = per_stage(config, "comm_time")
     todo = [row[::-1] for row in schedule]  # the next op is the last
     free_at: list[float] = [0 for _ in devices]
     done: dict[Step, tuple[int, float]] = {}  # -> (device, end)
+    copies = Counter(stage for row in schedule for stage in {op.stage for op in row})
+    met: dict[tuple[int, int], dict[int, float]] = {}  # (stage, version) -> {device: its arrival}
     events: list[Event] = []
     while any(todo):
         num_before = len(events)
@@ -313,6 +318,12 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
                     if sender != device:
                         arrival += comm_time[needed[0]]
                     start = max(now, arrival)  # the wait, if any, is bubble
+                if op.kind == "U" and copies[op.stage] > 1:  # the planner's replicas of a stage
+                    arrivals = met.setdefault((op.stage, op.version), {})
+                    arrivals[device] = now
+                    if len(arrivals) < copies[op.stage]:
+                        break
+                    start = max(arrivals.values())  # they update together
                 now = start + duration[op.kind][op.stage]
                 if config["recompute"] and op.kind in ("B", "I"):
                     now += duration["F"][op.stage]  # its forward again
@@ -1175,7 +1186,7 @@ def shown(value: object) -> str:
 def per_stage(config: dict, key: str) -> list[float]:
     """A time for each stage, from one for all or a list. UserError for a time that cannot be."""
     times, num_stages = config[key], config["num_stages"]
-    check_value(key, times, RULES[key])
+    check_value(key, times, RULES.get(key, RULES["comm_time"]))
     if isinstance(times, list) and len(times) != num_stages:
         raise UserError(f"{key}={shown(times)} must have num_stages={num_stages} entries")
     return times if isinstance(times, list) else [times] * num_stages
