@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Which cut? How many GPUs for each stage, from what the layers cost and how fast the links are.
+"""Which cut? How many GPUs for each stage? From what the layers cost, and how fast the links are.
 
     python pipedream_planner.py plan vgg16.txt --gpus 16 --bandwidth 3.125e9
     python pipedream_planner.py plan vgg16.txt --gpus 8 2 --bandwidth 3e10 3.125e9
     python pipedream_planner.py plan my.csv --gpus 4 --bandwidth 1e9 --straight --memory 16e9
 
-The first asks about 16 equal GPUs, the second about 2 machines of 8. COMMAND --help says more.
+The second is about 2 machines with 8 GPUs each. COMMAND --help says more.
 
-A pipeline is as fast as its slowest stage. A stage that is too slow, and cannot be cut any further,
-can be replicated: with R replicas each takes every R-th minibatch, as in data parallelism, and they
-add up their gradients (all-reduce). So a plan says where to cut and how many replicas each stage
-gets. `Plan: 15-1` is a stage on 15 GPUs and one on a single GPU; `Plan: 16` is data parallelism.
+A pipeline is as fast as its slowest stage. A slow stage may be cut again, or replicated: with R
+replicas, each takes every R-th minibatch, and they add up their gradients (all-reduce), as in data
+parallelism. `Plan: 15-1` is a stage on 15 GPUs and one on a single GPU; `Plan: 16` is data
+parallelism. Paper: PipeDream (SOSP 2019).
 """
 
 import functools
@@ -104,11 +104,11 @@ def read_graph(text: str, name: str) -> list[Layer]:
     every output from before it that is needed after it. Inputs are not part of the network.
     """
     nodes: dict[str, Layer] = {}
-    edges = []
+    edges: list[tuple[str, str]] = []
     for number, line in enumerate(text.splitlines(), start=1):
         place, (key, *rest) = f"{name}, line {number}", line.strip().split(" -- ")
         if len(rest) == 1:
-            edges.append((key, *rest))
+            edges.append((key, rest[0]))
         elif rest:
             costs = dict(re.findall(r"(\w+)=(\[.*?\]|[^,\s]*)", rest[-1]))
             if key in nodes:
@@ -134,7 +134,7 @@ def in_order(keys: list[str], edges: list[tuple[str, str]], name: str) -> list[s
 
     PipeDream numbers the nodes as they ran, so this is that order.
     """
-    sorter = TopologicalSorter({key: () for key in keys})
+    sorter = TopologicalSorter(dict.fromkeys(keys, ()))
     for key, reader in edges:
         if {key, reader} - {*keys}:
             raise UserError(f"{name}: the edge {shown(f'{key} -- {reader}')} lacks a node")
@@ -190,27 +190,25 @@ class Plan(NamedTuple):
         return max(self.stages, key=lambda stage: stage.seconds)
 
 
-class Costs(NamedTuple):
-    """What layers i to j cost as one stage on one GPU: arrays [i, j]."""
+def add_up(layers: list[Layer]) -> tuple[np.ndarray, ...]:
+    """Of every possible stage of layers i to j: seconds, bytes of weights and of activations.
 
-    seconds: np.ndarray  # forward and backward; infinite where j < i
-    weights: np.ndarray  # bytes
-    activations: np.ndarray  # bytes
-    received: np.ndarray  # [i]: bytes sent by a cut before layer i
-    sent: np.ndarray  # [j]: bytes sent by a cut after layer j
-
-
-def add_up(layers: list[Layer]) -> Costs:
-    """The costs of every possible stage."""
+    Three arrays [i, j], with infinite seconds where j < i. And two more: the bytes that a cut
+    before layer i sends, [i], and those that a cut after layer j sends, [j].
+    """
     columns = np.array([[f + b, w, a] for _, f, b, a, w, _ in layers], float).T
     starts = np.insert(columns.cumsum(axis=1), 0, 0, axis=1)
-    sums = starts[:, None, 1:] - starts[:, :-1, None]
-    sums[0][np.tri(len(layers), k=-1, dtype=bool)] = math.inf
-    sent = [layer.activation if layer.sent is None else layer.sent for layer in layers[:-1]]
-    return Costs(*sums, np.array([0, *sent], float), np.array([*sent, 0], float))
+    seconds, weights, activations = starts[:, None, 1:] - starts[:, :-1, None]
+    seconds[np.tri(len(layers), k=-1, dtype=bool)] = math.inf
+    sent = [*map(sent_after, layers[:-1])]
+    return seconds, weights, activations, np.array([0.0, *sent]), np.array([*sent, 0.0])
 
 
-def replicate(seconds, weights, levels: tuple[int, ...], bandwidths: list[float]) -> tuple:
+def sent_after(layer: Layer) -> float:
+    return layer.activation if layer.sent is None else layer.sent
+
+
+def replicate(seconds, weights, levels: tuple[int, ...], bandwidths) -> tuple:
     """Seconds per minibatch that a replicated stage computes, and that it spends on all-reduce.
 
     m replicas work on m minibatches at a time. Then each of them sends, and receives, (m - 1) / m
@@ -232,13 +230,7 @@ def count_in_flight(replicas: int, behind: int) -> int:
 
 
 def search(
-    costs: Costs,
-    gpus: list[int],
-    bandwidths: list[float],
-    straight: bool,
-    memory: float,
-    tick: Callable[[], None],
-    slowest: float | None = None,
+    layers, gpus, bandwidths, straight, memory, tick, slowest: float | None = None
 ) -> tuple[float, list[Stage]]:
     """Seconds per minibatch of the fastest plan; or, given this, the fewest stages, and the plan.
 
@@ -252,12 +244,14 @@ def search(
     Of equally good ways it takes the most replicas in front, then the most layers there. Memory is
     O(layers^2 * units of all levels).
     """
+    join: Callable
     if slowest is None:
         join, limit, one = np.maximum, lambda seconds: seconds, 0
     else:
         join, limit, one = np.add, lambda seconds: np.where(seconds <= slowest, 0, math.inf), 1
-    num_layers, num_levels = len(costs.sent), len(gpus)
-    busier_link = np.maximum.outer(costs.received, costs.sent)
+    num_layers, num_levels = len(layers), len(gpus)
+    seconds, weights, activations, before, after = add_up(layers)
+    busier_link = np.maximum.outer(before, after)
 
     def divide(levels: tuple, behind: int, g: int, m: int) -> tuple[tuple, int, float]:
         """For m of g units: the levels, the GPUs behind, seconds to send a byte and one back."""
@@ -270,9 +264,9 @@ def search(
         """[i, j]: the best way to run layers i to j on units that are replicas of each other."""
         if len(levels) < num_levels:
             return best_ways(levels, behind)[-1][:-1]
-        seconds = sum(replicate(costs.seconds, costs.weights, levels, bandwidths))
-        kept = count_in_flight(math.prod(levels), behind) * (costs.weights + costs.activations)
-        return np.where(kept <= memory, limit(seconds) + one, math.inf)
+        both = sum(replicate(seconds, weights, levels, bandwidths))
+        kept = count_in_flight(math.prod(levels), behind) * (weights + activations)
+        return np.where(kept <= memory, limit(both) + one, math.inf)
 
     def front(levels: tuple, behind: int, per_byte: float) -> np.ndarray:
         """The same with transfers: each unit has its own links."""
@@ -300,19 +294,20 @@ def search(
         start, g = i, len(best) - 1
         while g:
             for m, k in itertools.product(range(1 if straight else g, 0, -1), range(j, i - 1, -1)):
-                *inside, per_byte = divide(levels, behind, g, m)
-                if join(front(*inside, per_byte)[i, k], best[g - m][k + 1, j]) == best[g][i, j]:
+                inner, later, per_byte = divide(levels, behind, g, m)
+                way = join(front(inner, later, per_byte)[i, k], best[g - m][k + 1, j])
+                if way == best[g][i, j]:
                     break
-            before = max(per_byte * costs.received[i], received if i == start else 0)
-            after = max(per_byte * costs.sent[k], sent if k == j else 0)
-            if len(inside[0]) < num_levels:
-                yield from stages(best_ways(*inside), *inside, i, k, before, after)
+            ends = per_byte * before[i], per_byte * after[k]
+            ends = max(ends[0], received * (i == start)), max(ends[1], sent * (k == j))
+            if len(inner) < num_levels:
+                yield from stages(best_ways(inner, later), inner, later, i, k, *ends)
             else:
-                seconds, weights, activations = (cost[i, k] for cost in costs[:3])
-                times = *replicate(seconds, weights, inside[0], bandwidths), max(before, after)
-                number = count_in_flight(math.prod(inside[0]), inside[1])
-                kept = float(number * (weights + activations))
-                yield Stage(i, k, inside[0], *map(float, times), number, kept)
+                cost = float(seconds[i, k]), float(weights[i, k])
+                compute, all_reduce = replicate(*cost, inner, bandwidths)
+                in_flight = count_in_flight(math.prod(inner), later)
+                kept = float(in_flight * (weights[i, k] + activations[i, k]))
+                yield Stage(i, k, inner, compute, all_reduce, float(max(ends)), in_flight, kept)
             i, g = k + 1, g - m
 
     best = best_ways((), 0)
@@ -344,7 +339,6 @@ def best_plan(
     With several levels, a stage has as many replicas in one of its machines as in another.
     """
     check_request(layers, gpus, bandwidths, straight, memory)
-    costs = add_up(layers)
     steps = [n if straight else n * (n + 1) // 2 for n in gpus]
     searched = [n if memory is None else step for n, step in zip(gpus[1:], steps[1:], strict=True)]
     ticks, all_ticks = itertools.count(1), 2 * steps[0] * math.prod(searched)
@@ -352,15 +346,15 @@ def best_plan(
     def tick() -> None:
         progress(min(1.0, next(ticks) / all_ticks))
 
-    limits = straight, math.inf if memory is None else memory, tick
-    seconds, _ = search(costs, gpus, bandwidths, *limits)
+    request = layers, gpus, bandwidths, straight, math.inf if memory is None else memory, tick
+    seconds, _ = search(*request)
     if seconds == math.inf:
         raise UserError(f"nothing fits: every plan has a GPU that must keep more than {memory=}")
     # Sums differ in their last digits: times that differ by less than a billionth are equal.
-    _, stages = search(costs, gpus, bandwidths, *limits, seconds * (1 + 1e-9))
-    one_gpu, weights = costs.seconds[0, -1], costs.weights[0, -1]
-    data_parallel = sum(replicate(one_gpu, weights, tuple(gpus), bandwidths))
-    return Plan(stages, float(one_gpu), float(data_parallel))
+    _, stages = search(*request, seconds * (1 + 1e-9))
+    one_gpu = sum(layer.forward + layer.backward for layer in layers)
+    weights = sum(layer.weights for layer in layers)
+    return Plan(stages, one_gpu, sum(replicate(one_gpu, weights, tuple(gpus), bandwidths)))
 
 
 LEVEL = {"gpus": (int, 1, 10_000), "bandwidth": (float, 1, 1e18)}  # as in RULES
@@ -396,6 +390,7 @@ def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory)
 # --------------------------------------------------------------------------------------- plan
 
 
+TIMES = ["computing", "all-reduce", "transfer"]
 PLAN_LEGEND = """\
    Milliseconds per minibatch. A stage takes its computing and its all-reduce, or
    its transfer if that is longer; * is the slowest stage. versions: of the
@@ -406,7 +401,7 @@ PLAN_LEGEND = """\
 def format_plan(plan: Plan, layers: list[Layer]) -> str:
     """The stages, the cuts, what they gain, and a sentence that says what limits them."""
     seconds, one_gpu, data_parallel = plan.slowest.seconds, plan.one_gpu, plan.data_parallel
-    table = ["  stage,GPUs,layers,computing,all-reduce,transfer,in all,versions,GB".split(",")]
+    table = [["  stage", "GPUs", "layers", *TIMES, "in all", "versions", "GB"]]
     cuts = []
     for number, stage in enumerate(plan.stages):
         levels = f" ({' x '.join(map(str, stage.levels))})" * (len(stage.levels) > 1)
@@ -414,9 +409,9 @@ def format_plan(plan: Plan, layers: list[Layer]) -> str:
         row = [f"{'*' if stage is plan.slowest else ' '} {number}", f"{stage.replicas}{levels}"]
         row += [f"{stage.first}-{stage.last}", *(f"{1000 * time:.3f}" for time in times)]
         table.append([*row, str(stage.in_flight), f"{stage.bytes / 1e9:.3g}"])
-        layer = layers[stage.last]
-        sent = layer.activation if layer.sent is None else layer.sent
-        cuts.append(f"   after layer {stage.last}, {layer.name[:40]}: {sent / 1e6:.3g} MB each way")
+        name = textwrap.shorten(layers[stage.last].name, 40, placeholder=" ...")
+        sent = f"{sent_after(layers[stage.last]) / 1e6:.3g} MB each way"
+        cuts.append(f"   after layer {stage.last}, {name}: {sent}")
     lines = [
         f"Plan: {'-'.join(str(stage.replicas) for stage in plan.stages)}",
         f"Slowest: {seconds:.9f} s per minibatch",
@@ -436,21 +431,16 @@ def format_plan(plan: Plan, layers: list[Layer]) -> str:
 def explain(plan: Plan) -> str:
     """What the plan means: its bottleneck, and whether a pipeline is worth it."""
     slowest, seconds = plan.slowest, plan.slowest.seconds
-    parts = {"computing": slowest.compute, "all-reduce": slowest.all_reduce}
-    if seconds == slowest.transfer:
-        parts = {"transfer": slowest.transfer}
-    part = max(parts, key=parts.__getitem__)
-    text = f"The bottleneck is stage {plan.stages.index(slowest)}: {parts[part] / seconds:.0%} of "
-    text += f"its time is {part}."
+    times = slowest.compute, slowest.all_reduce, slowest.transfer * (slowest.transfer == seconds)
+    what = f"{max(times) / seconds:.0%} of its time is {TIMES[times.index(max(times))]}."
     if len(plan.stages) == 1:
-        text = "Data parallelism is the best plan: every GPU holds the whole network, and " + (
-            f"no cut would make it faster; {parts[part] / seconds:.0%} of its time is {part}."
-        )
-    elif plan.data_parallel < seconds:
-        text += " Data parallelism would be faster, but it is not allowed here."
+        text = "Data parallelism is the best plan: every GPU holds the whole network, and no cut "
+        text += f"would make it faster; {what}"
     else:
-        text += f" Data parallelism alone takes {plan.data_parallel / seconds:.2f} times as long."
-    return text + " One GPU alone would be faster!" * (plan.one_gpu < seconds)
+        text = f"The bottleneck is stage {plan.stages.index(slowest)}: {what} Data parallelism "
+        slower = f"alone takes {plan.data_parallel / seconds:.2f} times as long."
+        text += slower if plan.data_parallel > seconds else "would be faster, but is ruled out."
+    return text + " One GPU alone would be faster." * (plan.one_gpu < seconds)
 
 
 def plan(
