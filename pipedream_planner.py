@@ -100,8 +100,9 @@ def read_chain(lines: list[list[str]], name: str) -> list[Layer]:
 def read_graph(text: str, name: str) -> list[Layer]:
     """The layers of a PipeDream profile: lines `id -- description -- costs`, and edges `id -- id`.
 
-    The network may branch, so its nodes are put in a row, each after those it needs. A cut sends
-    every output from before it that is needed after it. Inputs are not part of the network.
+    The network may branch, so its nodes are put in a row, each after those it needs, and cut like a
+    chain. A cut sends every output from before it that is needed after it. (The authors' program
+    also tries cuts that no place in this row stands for.) Inputs are not part of the network.
     """
     nodes: dict[str, Layer] = {}
     edges: list[tuple[str, str]] = []
@@ -116,16 +117,17 @@ def read_graph(text: str, name: str) -> list[Layer]:
             nodes[key] = read_layer(rest[0], {what: costs.get(what, "") for what in KEYS}, place)
         elif key:
             raise UserError(f"{place}: {shown(key)} is neither a node nor an edge")
-    order = in_order([*nodes], edges, name)
+    inputs = {key for key, layer in nodes.items() if layer.name.startswith("Input")}
+    edges = [edge for edge in edges if not inputs & {*edge}]
+    order = in_order([key for key in nodes if key not in inputs], edges, name)
     place_of = {key: i for i, key in enumerate(order)}
-    needed_until = dict(place_of)
-    for key, reader in edges:
-        needed_until[key] = max(needed_until[key], place_of[reader])
-    order = [key for key in order if not nodes[key].name.startswith("Input")]
+    needed_until = {
+        key: max([place_of[b] for a, b in edges if a == key], default=0) for key in order
+    }
     layers = []
     for i, key in enumerate(order):
-        sent = (nodes[k].activation for k in order[: i + 1] if needed_until[k] > place_of[key])
-        layers.append(nodes[key]._replace(sent=sum(sent)))
+        sent = sum(nodes[k].activation for k in order[: i + 1] if needed_until[k] > i)
+        layers.append(nodes[key]._replace(sent=sent))
     return layers
 
 
@@ -335,8 +337,9 @@ def best_plan(
     out.) progress is told the share that is done. UserError: an invalid argument, or nothing fits.
 
     PipeDream's planner (SOSP 2019, section 3.1). Times are per minibatch, so replicas divide them.
-    A cut sends activations, and gradients of the same size back; this overlaps with computing.
-    With several levels, a stage has as many replicas in one of its machines as in another.
+    A cut sends activations, and gradients of the same size back, over the links of every level that
+    it crosses; this overlaps with computing. With several levels, all machines that share a part of
+    the network divide it among their GPUs in the same way.
     """
     check_request(layers, gpus, bandwidths, straight, memory)
     steps = [n if straight else n * (n + 1) // 2 for n in gpus]
@@ -392,10 +395,10 @@ def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory)
 
 TIMES = ["computing", "all-reduce", "transfer"]
 PLAN_LEGEND = """\
-   Milliseconds per minibatch. A stage takes its computing and its all-reduce, or
-   its transfer if that is longer; * is the slowest stage. versions: of the
-   weights, one for each minibatch in flight. GB: versions and activations that
-   each of the stage's GPUs keeps."""
+   Milliseconds per minibatch. A stage takes its computing and its all-reduce,
+   or its transfer if that is longer; * is the slowest stage. versions: of the
+   weights, one for each minibatch in flight. GB: what each of the stage's GPUs
+   keeps, versions of the weights and activations."""
 
 
 def format_plan(plan: Plan, layers: list[Layer]) -> str:
@@ -407,7 +410,7 @@ def format_plan(plan: Plan, layers: list[Layer]) -> str:
         levels = f" ({' x '.join(map(str, stage.levels))})" * (len(stage.levels) > 1)
         times = stage.compute, stage.all_reduce, stage.transfer, stage.seconds
         row = [f"{'*' if stage is plan.slowest else ' '} {number}", f"{stage.replicas}{levels}"]
-        row += [f"{stage.first}-{stage.last}", *(f"{1000 * time:.3f}" for time in times)]
+        row += [f"{stage.first}-{stage.last}", *(f"{1000 * time:.4g}" for time in times)]
         table.append([*row, str(stage.in_flight), f"{stage.bytes / 1e9:.3g}"])
         name = textwrap.shorten(layers[stage.last].name, 40, placeholder=" ...")
         sent = f"{sent_after(layers[stage.last]) / 1e6:.3g} MB each way"
