@@ -180,18 +180,30 @@ CELL = re.compile(r"([0-9]{1,6})([FBIW])([0-9]{1,6})")
 OVERLAPPED = re.compile(r"\((.+);(.+)\)OVERLAP_F_B")  # two ops at once: here one after the other
 
 
-def read_csv(path: Path) -> list[list[Step]]:
-    """The rows of one batch in a CSV file. UserError: what is wrong with the file, and where."""
+def read_text(path: Path) -> str:
+    """What is in a file. UserError: why it cannot be read."""
     name = str(path)[-200:]
     try:
         if not path.is_file():
             raise UserError(f"cannot read {name}: missing, or not a regular file")
-        text = path.read_bytes().decode().removeprefix("\ufeff")
-        lines = [*csv.reader(io.StringIO(text, newline=""))]
+        return path.read_bytes().decode().removeprefix("\ufeff")
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{name} is not a CSV file: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not a text file: {error}") from None
+
+
+def read_cells(text: str, path: Path) -> list[list[str]]:
+    """The lines of a CSV file, each a list of its cells."""
+    try:
+        return [*csv.reader(io.StringIO(text, newline=""))]
+    except csv.Error as error:
+        raise UserError(f"{str(path)[-200:]} is not a CSV file: {error}") from None
+
+
+def read_csv(path: Path) -> list[list[Step]]:
+    """The rows of one batch in a CSV file. UserError: what is wrong with the file, and where."""
+    name, lines = str(path)[-200:], read_cells(read_text(path), path)
     rows = []
     for number, line in enumerate(lines, start=1):
         row: list[Step] = []
@@ -1082,17 +1094,24 @@ def parse_lab_config(
     return config, flags
 
 
-def main() -> None:
+def choose_command(doc: str | None, commands: dict) -> str | None:
+    """Which of the commands the command line names. None: it asks for help, which is printed."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(__doc__)
-        return
-    if name not in COMMANDS:
-        hint = nearest(name, COMMANDS) or f": it must be one of {', '.join(COMMANDS)}"
+        print(doc)
+        return None
+    if name not in commands:
+        hint = nearest(name, commands) or f": it must be one of {', '.join(commands)}"
         raise UserError(f"unknown command {shown(name)}{hint}")
-    command, other = COMMANDS[name]
-    config, flags = parse_lab_config(command.__doc__, sys.argv[2:], other=other)
-    command(config, **flags)
+    return name
+
+
+def main() -> None:
+    name = choose_command(__doc__, COMMANDS)
+    if name:
+        command, other = COMMANDS[name]
+        config, flags = parse_lab_config(command.__doc__, sys.argv[2:], other=other)
+        command(config, **flags)
 
 
 if __name__ == "__main__":

@@ -1275,9 +1275,10 @@ def parse_config(
         check_config(config)  # says so
     source = Path(__file__).read_text("utf-8", "replace")
     block = re.search(r"\nCONFIG = \{.*?\n\}", source, re.S)
+    keys = f"Every key of CONFIG is also a flag: --num_stages 8.\n{block[0] if block else ''}"
     parser = argparse.ArgumentParser(
         description=doc,
-        epilog=f"Every key of CONFIG is also a flag: --num_stages 8.\n{block[0] if block else ''}",
+        epilog=keys if config else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

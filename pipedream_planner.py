@@ -1,0 +1,495 @@
+#!/usr/bin/env python3
+"""Which cut? How many GPUs for each stage? From what the layers cost, and how fast the links are.
+
+    python pipedream_planner.py plan vgg16.txt --gpus 16 --bandwidth 3.125e9
+    python pipedream_planner.py plan vgg16.txt --gpus 8 2 --bandwidth 3e10 3.125e9
+    python pipedream_planner.py plan my.csv --gpus 4 --bandwidth 1e9 --straight --memory 16e9
+
+The second is about 2 machines with 8 GPUs each. COMMAND --help says more.
+
+A pipeline is as fast as its slowest stage. A slow stage may be cut again, or replicated: with R
+replicas, each takes every R-th minibatch, and they add up their gradients (all-reduce), as in data
+parallelism. `Plan: 15-1` is a stage on 15 GPUs and one on a single GPU; `Plan: 16` is data
+parallelism. Paper: PipeDream (SOSP 2019).
+"""
+
+import functools
+import itertools
+import math
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipedream_lab import choose_command, read_cells, read_text
+from pipedream_simple import (
+    UserError,
+    check_value,
+    count,
+    format_table,
+    parse_config,
+    parse_value,
+    run_main,
+    shorten,
+    shown,
+)
+
+# ------------------------------------------------------------------------------------ profile
+
+
+class Layer(NamedTuple):
+    """What a layer costs on one GPU, for one minibatch."""
+
+    name: str
+    forward: float  # seconds
+    backward: float  # seconds
+    activation: float  # bytes of its output, kept from its forward until its backward
+    weights: float  # bytes
+    sent: float | None = None  # bytes that a cut right after it sends; None: its activation
+
+
+COLUMNS = ["layer", "forward_ms", "backward_ms", "activation_bytes", "weight_bytes"]
+KEYS = ["forward_compute_time", "backward_compute_time", "activation_size", "parameter_size"]
+AMOUNT = (float, 0, 1e18)  # of seconds or bytes; as in RULES: type, least, most
+
+
+def read_profile(path: Path) -> list[Layer]:
+    """The layers in a CSV file with these COLUMNS, or in a file of PipeDream's own profiler.
+
+    UserError: what is wrong with the file, and where.
+    """
+    text, name = read_text(path), str(path)[-200:]
+    is_csv = [cell.strip() for cell in text.partition("\n")[0].split(",")] == COLUMNS
+    layers = read_chain(read_cells(text, path), name) if is_csv else read_graph(text, name)
+    if not layers:
+        raise UserError(f"{name} has no layers")
+    return layers
+
+
+def read_layer(name: str, costs: dict[str, str], place: str) -> Layer:
+    """A Layer from four texts: two times in ms, two sizes. A list, [8; 4], is added up."""
+    amounts = []
+    for what, text in costs.items():
+        values = [parse_value(part) for part in text.strip("[] ").split(";")]
+        for value in values:
+            check_value(f"{place}: {what}", value, AMOUNT)
+        amounts.append(sum(map(float, values)))  # type: ignore[arg-type]
+    forward, backward, activation, weights = amounts
+    return Layer(name, forward / 1000, backward / 1000, activation, weights)
+
+
+def read_chain(lines: list[list[str]], name: str) -> list[Layer]:
+    """The layers of a CSV file, in which each feeds the next one."""
+    layers = []
+    for number, cells in enumerate(lines[1:], start=2):
+        place = f"{name}, line {number}"
+        if cells and len(cells) != len(COLUMNS):
+            raise UserError(f"{place} has {count(len(cells), 'cell')}, not {len(COLUMNS)}")
+        if cells:
+            costs = dict(zip(COLUMNS[1:], cells[1:], strict=True))
+            layers.append(read_layer(cells[0], costs, place))
+    return layers
+
+
+def read_graph(text: str, name: str) -> list[Layer]:
+    """The layers of a PipeDream profile: lines `id -- description -- costs`, and edges `id -- id`.
+
+    The network may branch, so its nodes are put in a row, each after those it needs, and cut like a
+    chain. A cut sends every output from before it that is needed after it. (The authors' program
+    also tries cuts that no place in this row stands for.) Inputs are not part of the network.
+    """
+    nodes: dict[str, Layer] = {}
+    edges: list[tuple[str, str]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        place, (key, *rest) = f"{name}, line {number}", line.strip().split(" -- ")
+        if len(rest) == 1:
+            edges.append((key, rest[0]))
+        elif rest:
+            costs = dict(re.findall(r"(\w+)=(\[.*?\]|[^,\s]*)", rest[-1]))
+            if key in nodes:
+                raise UserError(f"{place}: a second {shown(key)}")
+            nodes[key] = read_layer(rest[0], {what: costs.get(what, "") for what in KEYS}, place)
+        elif key:
+            raise UserError(f"{place}: {shown(key)} is neither a node nor an edge")
+    inputs = {key for key, layer in nodes.items() if layer.name.startswith("Input")}
+    edges = [edge for edge in edges if not inputs & {*edge}]
+    order = in_order([key for key in nodes if key not in inputs], edges, name)
+    place_of = {key: i for i, key in enumerate(order)}
+    needed_until = {
+        key: max([place_of[b] for a, b in edges if a == key], default=0) for key in order
+    }
+    layers = []
+    for i, key in enumerate(order):
+        sent = sum(nodes[k].activation for k in order[: i + 1] if needed_until[k] > i)
+        layers.append(nodes[key]._replace(sent=sent))
+    return layers
+
+
+def in_order(keys: list[str], edges: list[tuple[str, str]], name: str) -> list[str]:
+    """Keys in an order in which they can run: of those that can, the lowest comes next.
+
+    PipeDream numbers the nodes as they ran, so this is that order.
+    """
+    sorter = TopologicalSorter(dict.fromkeys(keys, ()))
+    for key, reader in edges:
+        if {key, reader} - {*keys}:
+            raise UserError(f"{name}: the edge {shown(f'{key} -- {reader}')} lacks a node")
+        sorter.add(reader, key)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        cycle = " -- ".join(shorten(error.args[1], 6, "nodes"))
+        raise UserError(f"{name}: the graph has a cycle, {cycle[:200]}") from None
+    ready: list[str] = []
+    order: list[str] = []
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()], key=lambda key: (len(key), key))
+        order.append(ready.pop(0))
+        sorter.done(order[-1])
+    return order
+
+
+# ------------------------------------------------------------------------------------- search
+
+
+class Stage(NamedTuple):
+    """Consecutive layers on one GPU, or on several. Times are seconds per minibatch."""
+
+    first: int  # layer; the network's first is 0
+    last: int  # layer, included
+    levels: tuple[int, ...]  # replicas per level: (4, 2) are 4 in each of 2 machines
+    compute: float  # forward and backward
+    all_reduce: float  # the replicas add up their gradients
+    transfer: float  # from the previous stage or to the next one, whichever takes longer
+    in_flight: int  # minibatches on each of its GPUs, and so weight versions
+    bytes: float  # kept on each of its GPUs: weight versions, and activations
+
+    @property
+    def replicas(self) -> int:
+        return math.prod(self.levels)
+
+    @property
+    def seconds(self) -> float:
+        """A GPU computes and adds up in turn; meanwhile it sends and receives."""
+        return max(self.compute + self.all_reduce, self.transfer)
+
+
+class Plan(NamedTuple):
+    """Stages that together use every GPU, and the times to compare them with."""
+
+    stages: list[Stage]
+    one_gpu: float  # seconds per minibatch
+    data_parallel: float  # the whole network on every GPU
+
+    @property
+    def slowest(self) -> Stage:
+        return max(self.stages, key=lambda stage: stage.seconds)
+
+
+def add_up(layers: list[Layer]) -> tuple[np.ndarray, ...]:
+    """Of every possible stage of layers i to j: seconds, bytes of weights and of activations.
+
+    Three arrays [i, j], with infinite seconds where j < i. And two more: the bytes that a cut
+    before layer i sends, [i], and those that a cut after layer j sends, [j].
+    """
+    columns = np.array([[f + b, w, a] for _, f, b, a, w, _ in layers], float).T
+    starts = np.insert(columns.cumsum(axis=1), 0, 0, axis=1)
+    seconds, weights, activations = starts[:, None, 1:] - starts[:, :-1, None]
+    seconds[np.tri(len(layers), k=-1, dtype=bool)] = math.inf
+    sent = [*map(sent_after, layers[:-1])]
+    return seconds, weights, activations, np.array([0.0, *sent]), np.array([*sent, 0.0])
+
+
+def sent_after(layer: Layer) -> float:
+    return layer.activation if layer.sent is None else layer.sent
+
+
+def replicate(seconds, weights, levels: tuple[int, ...], bandwidths) -> tuple:
+    """Seconds per minibatch that a replicated stage computes, and that it spends on all-reduce.
+
+    m replicas work on m minibatches at a time. Then each of them sends, and receives, (m - 1) / m
+    of the weights' size twice, which takes 4 (m - 1) / m * weights / bandwidth. With several levels
+    the GPUs of a machine do so first, and then the machines. (Section 3.1 of the paper has a 2, and
+    takes the longer of the two times; the authors' program has the 4 and the sum.)
+    """
+    per_byte = sum(4 * (m - 1) / (m * b) for m, b in zip(levels, bandwidths, strict=True))
+    return seconds / math.prod(levels), per_byte * weights / math.prod(levels)
+
+
+def count_in_flight(replicas: int, behind: int) -> int:
+    """Minibatches in flight on each replica of a stage, if the later stages have `behind` GPUs.
+
+    That is one for each GPU from this stage on. On the first stage it is NOAM, the number of
+    optimal active minibatches (section 3.2). Weight stashing keeps a version for each (3.3).
+    """
+    return math.ceil((replicas + behind) / replicas)
+
+
+def search(
+    layers, gpus, bandwidths, straight, memory, tick, slowest: float | None = None
+) -> tuple[float, list[Stage]]:
+    """Seconds per minibatch of the fastest plan; or, given this, the fewest stages, and the plan.
+
+    Dynamic programming from the last stage to the first. A unit is a GPU on the lowest level, then
+    a machine. best[g][i, j] is the best way to run layers i to j on g units: layers i to k on m of
+    them, as replicas of each other, and the rest in the best way on g - m. Times join by the
+    maximum, numbers of stages by the sum. A machine runs the best pipeline on its own GPUs. Which
+    one is best depends on how many machines are its replicas, and under a memory limit on how many
+    GPUs are behind it, so those are its arguments.
+
+    Of equally good ways it takes the most replicas in front, then the most layers there. Memory is
+    O(layers^2 * units of all levels).
+    """
+    join: Callable
+    if slowest is None:
+        join, limit, one = np.maximum, lambda seconds: seconds, 0
+    else:
+        join, limit, one = np.add, lambda seconds: np.where(seconds <= slowest, 0, math.inf), 1
+    num_layers, num_levels = len(layers), len(gpus)
+    seconds, weights, activations, before, after = add_up(layers)
+    busier_link = np.maximum.outer(before, after)
+
+    def divide(levels: tuple, behind: int, g: int, m: int) -> tuple[tuple, int, float]:
+        """For m of g units: the levels, the GPUs behind, seconds to send a byte and one back."""
+        level = num_levels - len(levels) - 1
+        behind += (g - m) * math.prod([*gpus[:level], *levels])
+        return (m, *levels), behind, 2 / (bandwidths[level] * m * math.prod(levels))
+
+    @functools.lru_cache(sum(gpus))
+    def on_replicas(levels: tuple, behind: int) -> np.ndarray:
+        """[i, j]: the best way to run layers i to j on units that are replicas of each other."""
+        if len(levels) < num_levels:
+            return best_ways(levels, behind)[-1][:-1]
+        both = sum(replicate(seconds, weights, levels, bandwidths))
+        kept = count_in_flight(math.prod(levels), behind) * (weights + activations)
+        return np.where(kept <= memory, limit(both) + one, math.inf)
+
+    def front(levels: tuple, behind: int, per_byte: float) -> np.ndarray:
+        """The same with transfers: each unit has its own links."""
+        inside = on_replicas(levels, behind if memory < math.inf else 0)
+        return join(inside, limit(per_byte * busier_link))
+
+    def best_ways(levels: tuple, behind: int) -> list[np.ndarray]:
+        """best for the units of a unit of the level above. best[0][j + 1, j]: nothing is left."""
+        shape = num_layers + 1, num_layers
+        best = [np.where(np.eye(*shape, k=-1), 0, math.inf)]
+        for g in range(1, gpus[num_levels - len(levels) - 1] + 1):
+            best.append(np.full(shape, math.inf))
+            for m in range(1, 2 if straight else g + 1):
+                ways = front(*divide(levels, behind, g, m))
+                for j in range(num_layers) if levels else [num_layers - 1]:
+                    column = best[g][: j + 1, j]
+                    joined = join(ways[: j + 1, : j + 1], best[g - m][1 : j + 2, j])
+                    np.minimum(column, joined.min(axis=1), out=column)
+                if len(levels) == num_levels - 1:
+                    tick()
+        return best
+
+    def stages(best, levels, behind, i, j, received, sent) -> Iterator[Stage]:
+        """The stages of best[-1][i, j], whose ends receive and send in so many seconds."""
+        start, g = i, len(best) - 1
+        while g:
+            for m, k in itertools.product(range(1 if straight else g, 0, -1), range(j, i - 1, -1)):
+                inner, later, per_byte = divide(levels, behind, g, m)
+                way = join(front(inner, later, per_byte)[i, k], best[g - m][k + 1, j])
+                if way == best[g][i, j]:
+                    break
+            ends = per_byte * before[i], per_byte * after[k]
+            ends = max(ends[0], received * (i == start)), max(ends[1], sent * (k == j))
+            if len(inner) < num_levels:
+                yield from stages(best_ways(inner, later), inner, later, i, k, *ends)
+            else:
+                cost = float(seconds[i, k]), float(weights[i, k])
+                compute, all_reduce = replicate(*cost, inner, bandwidths)
+                in_flight = count_in_flight(math.prod(inner), later)
+                kept = float(in_flight * (weights[i, k] + activations[i, k]))
+                yield Stage(i, k, inner, compute, all_reduce, float(max(ends)), in_flight, kept)
+            i, g = k + 1, g - m
+
+    best = best_ways((), 0)
+    found = [] if slowest is None else stages(best, (), 0, 0, num_layers - 1, 0, 0)
+    return float(best[-1][0, -1]), [*found]
+
+
+def best_plan(
+    layers: list[Layer],
+    gpus: list[int],
+    bandwidths: list[float],
+    straight: bool = False,
+    memory: float | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Plan:
+    """The plan whose slowest stage is fastest; of equally fast ones, one with the fewest stages.
+
+    gpus and bandwidths have an entry per level: 8 GPUs in a machine, 2 machines; bytes per second
+    of a GPU's link and of a machine's, each way. straight: one GPU per stage. memory: bytes of a
+    GPU. A stage may then keep on each GPU
+
+        in flight * (weights + activations),  in flight = ceil(GPUs from it on / its replicas)
+
+    where activations are the outputs of its layers. (Gradients and the optimizer's state are left
+    out.) progress is told the share that is done. UserError: an invalid argument, or nothing fits.
+
+    PipeDream's planner (SOSP 2019, section 3.1). Times are per minibatch, so replicas divide them.
+    A cut sends activations, and gradients of the same size back, over the links of every level that
+    it crosses; this overlaps with computing. With several levels, all machines that share a part of
+    the network divide it among their GPUs in the same way.
+    """
+    check_request(layers, gpus, bandwidths, straight, memory)
+    steps = [n if straight else n * (n + 1) // 2 for n in gpus]
+    searched = [n if memory is None else step for n, step in zip(gpus[1:], steps[1:], strict=True)]
+    ticks, all_ticks = itertools.count(1), 2 * steps[0] * math.prod(searched)
+
+    def tick() -> None:
+        progress(min(1.0, next(ticks) / all_ticks))
+
+    request = layers, gpus, bandwidths, straight, math.inf if memory is None else memory, tick
+    seconds, _ = search(*request)
+    if seconds == math.inf:
+        raise UserError(f"nothing fits: every plan has a GPU that must keep more than {memory=}")
+    # Sums differ in their last digits: times that differ by less than a billionth are equal.
+    _, stages = search(*request, seconds * (1 + 1e-9))
+    one_gpu = sum(layer.forward + layer.backward for layer in layers)
+    weights = sum(layer.weights for layer in layers)
+    return Plan(stages, one_gpu, sum(replicate(one_gpu, weights, tuple(gpus), bandwidths)))
+
+
+LEVEL = {"gpus": (int, 1, 10_000), "bandwidth": (float, 1, 1e18)}  # as in RULES
+MOST = 100_000_000  # layers * layers * GPUs: the numbers that a search keeps
+
+
+def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory) -> None:
+    """Raise a UserError unless best_plan can answer this."""
+    for key, values in (("gpus", gpus), ("bandwidth", bandwidths)):
+        if not isinstance(values, (list, tuple)) or not values:
+            raise UserError(f"{key}={shown(values)} must be a list, one number per level")
+        for value in values:
+            check_value(key, value, LEVEL[key])
+    if len(gpus) != len(bandwidths):
+        raise UserError(f"gpus={gpus} and bandwidth={bandwidths} must have as many levels")
+    if memory is not None:
+        check_value("memory", memory, LEVEL["bandwidth"])
+    for layer in layers:
+        for key, value in zip(Layer._fields[1:], layer[1:], strict=True):
+            if value is not None:
+                check_value(f"{shown(layer.name)}: {key}", value, AMOUNT)
+    if not any(layer.forward + layer.backward for layer in layers):
+        raise UserError("no layer takes any time")
+    num_layers, num_gpus = len(layers), math.prod(gpus)
+    if straight and num_gpus > num_layers:
+        stages = f"{count(num_layers, 'layer')} cannot be cut into {num_gpus} stages"
+        raise UserError(f"{stages}: use fewer GPUs, or replicas (without straight)")
+    if num_layers**2 * num_gpus > MOST:
+        what = f"layers * layers * GPUs is {num_layers**2 * num_gpus:,}"
+        raise UserError(f"{what}: at most {MOST:,} fit")
+
+
+# --------------------------------------------------------------------------------------- plan
+
+
+TIMES = ["computing", "all-reduce", "transfer"]
+PLAN_LEGEND = """\
+   Milliseconds per minibatch. A stage takes its computing and its all-reduce,
+   or its transfer if that is longer; * is the slowest stage. versions: of the
+   weights, one for each minibatch in flight. GB: what each of the stage's GPUs
+   keeps, versions of the weights and activations."""
+
+
+def format_plan(plan: Plan, layers: list[Layer]) -> str:
+    """The stages, the cuts, what they gain, and a sentence that says what limits them."""
+    seconds, one_gpu, data_parallel = plan.slowest.seconds, plan.one_gpu, plan.data_parallel
+    table = [["  stage", "GPUs", "layers", *TIMES, "in all", "versions", "GB"]]
+    cuts = []
+    for number, stage in enumerate(plan.stages):
+        levels = f" ({' x '.join(map(str, stage.levels))})" * (len(stage.levels) > 1)
+        times = stage.compute, stage.all_reduce, stage.transfer, stage.seconds
+        row = [f"{'*' if stage is plan.slowest else ' '} {number}", f"{stage.replicas}{levels}"]
+        row += [f"{stage.first}-{stage.last}", *(f"{1000 * time:.4g}" for time in times)]
+        table.append([*row, str(stage.in_flight), f"{stage.bytes / 1e9:.3g}"])
+        name = textwrap.shorten(layers[stage.last].name, 40, placeholder=" ...")
+        sent = f"{sent_after(layers[stage.last]) / 1e6:.3g} MB each way"
+        cuts.append(f"   after layer {stage.last}, {name}: {sent}")
+    lines = [
+        f"Plan: {'-'.join(str(stage.replicas) for stage in plan.stages)}",
+        f"Slowest: {seconds:.9f} s per minibatch",
+        "",
+        *shorten(format_table(table), 40, "stages"),
+        PLAN_LEGEND,
+        *(["Cuts:", *shorten(cuts[:-1], 12, "cuts")] if len(cuts) > 1 else []),
+        f"NOAM: {plan.stages[0].in_flight} (minibatches in flight on each GPU of stage 0)",
+        f"Speed-up over one GPU ({one_gpu:.9f} s): {one_gpu / seconds:.2f}x",
+        f"Speed-up over data parallelism ({data_parallel:.9f} s): {data_parallel / seconds:.2f}x",
+        f"Speed-up of data parallelism over one GPU: {one_gpu / data_parallel:.2f}x",
+        "",
+    ]
+    return "\n".join([*lines, textwrap.fill(explain(plan), 80)])
+
+
+def explain(plan: Plan) -> str:
+    """What the plan means: its bottleneck, and whether a pipeline is worth it."""
+    slowest, seconds = plan.slowest, plan.slowest.seconds
+    times = slowest.compute, slowest.all_reduce, slowest.transfer * (slowest.transfer == seconds)
+    what = f"{max(times) / seconds:.0%} of its time is {TIMES[times.index(max(times))]}."
+    if len(plan.stages) == 1:
+        text = "Data parallelism is the best plan: every GPU holds the whole network, and no cut "
+        text += f"would make it faster; {what}"
+    else:
+        text = f"The bottleneck is stage {plan.stages.index(slowest)}: {what} Data parallelism "
+        slower = f"alone takes {plan.data_parallel / seconds:.2f} times as long."
+        text += slower if plan.data_parallel > seconds else "would be faster, but is ruled out."
+    return text + " One GPU alone would be faster." * (plan.one_gpu < seconds)
+
+
+def plan(
+    profile: Path, gpus: list, bandwidth: list, straight: bool = False, memory: float | None = None
+) -> None:
+    """Where to cut a network, and how many GPUs each stage gets, for the fastest pipeline.
+
+    It reads a profile of PipeDream, or a CSV file whose first line is
+    layer,forward_ms,backward_ms,activation_bytes,weight_bytes
+    """
+    layers = read_profile(profile)
+    due = time.monotonic() + 2
+
+    def progress(share: float) -> None:
+        nonlocal due
+        if time.monotonic() > due:
+            print(f"searched {share:.0%}", file=sys.stderr, flush=True)
+            due += 2
+
+    print(format_plan(best_plan(layers, gpus, bandwidth, straight, memory, progress), layers))
+
+
+# --------------------------------------------------------------------------------------- main
+
+LEVELS = {"nargs": "+", "type": parse_value, "required": True}
+COMMANDS: dict[str, tuple[Callable, dict]] = {  # -> (function, its flags)
+    "plan": (
+        plan,
+        {
+            "profile": {"type": Path, "metavar": "PROFILE"},
+            "--gpus": {**LEVELS, "metavar": "N", "help": "GPUs; or GPUs per machine, machines"},
+            "--bandwidth": {**LEVELS, "metavar": "B", "help": "bytes per second, one per level"},
+            "--straight": {"action": "store_true", "help": "one GPU per stage"},
+            "--memory": {"type": parse_value, "metavar": "BYTES", "help": "of each GPU"},
+        },
+    ),
+}
+
+
+def main() -> None:
+    name = choose_command(__doc__, COMMANDS)
+    if name:
+        command, other = COMMANDS[name]
+        _, flags = parse_config(command.__doc__, sys.argv[2:], {}, lambda config: None, other)
+        command(**flags)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
