@@ -27,9 +27,9 @@ def plain_sgd(config):
 def delayed_sgd(config, delay_of_stage):
     """W_s(b + 1) = W_s(b) - lr * u_s(b), and u_s(b) = momentum * u_s(b - 1) + grad_s of batch b.
 
-    The gradient is at version max(0, b - delay_s) of every stage. One ordinary
-    network, whole batches, float64: no microbatches, no pipeline, no stash. Returns
-    the losses and the final weights of each stage.
+    The gradient is at version max(0, b - delay_s) of every stage. One ordinary network, whole
+    batches, float64: no microbatches, no pipeline, no stash. Returns the losses and the final
+    weights of each stage.
     """
     stages = [stage.double() for stage in build_stages(config)]
     history = [[dict(stage.named_parameters()) for stage in stages]]  # history[v][stage]

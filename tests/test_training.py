@@ -18,7 +18,6 @@ from pipedream_simple import (
     Worker,
     build_schedule,
     build_stages,
-    input_of,
     load_digits,
     make_batches,
     mismatches,
@@ -121,12 +120,11 @@ def test_so_does_pipedream(s, m, n, vertical_sync, new):
         {"schedule": "gpipe"},
         {},
         {"num_microbatches": 1},
-        {"num_microbatches": 1, "vertical_sync": 1},
+        {"num_microbatches": 1, "vertical_sync": True},
     ],
     ids=str,
 )
 def test_recompute_changes_no_bit(switches, network, dtype):
-    switches = {**switches, "vertical_sync": bool(switches.get("vertical_sync"))}
     config = small(**switches, **network)
     once, twice = train(config, dtype), train({**config, "recompute": True}, dtype)
     assert once.losses == twice.losses
@@ -144,8 +142,7 @@ def test_recompute_keeps_the_inputs_in_flight_and_one_microbatchs_activations(sc
     """
 
     def most_bytes(**settings):
-        """stage -> (most bytes of a forward's input, most bytes held)."""
-        config, peaks, first = small(schedule=schedule, **network, **settings), {}, []
+        config, peaks = small(schedule=schedule, **network, **settings), {}
         saved, held = weakref.WeakSet(), defaultdict(weakref.WeakSet)
 
         def note(tensor):
@@ -155,14 +152,12 @@ def test_recompute_keeps_the_inputs_in_flight_and_one_microbatchs_activations(sc
         def watch(op, worker):
             if op.kind == "F" and config["recompute"]:
                 assert len(saved) == 0
-            weights = {id(w) for ws in worker.versions.values() for w in ws.values()}
             weights = {w.data_ptr() for ws in worker.versions.values() for w in ws.values()}
             mine = held[op.stage]
             mine.update(saved)
             saved.clear()
             for x, output, _ in worker.in_flight.values():
                 mine.update(t.untyped_storage() for t in (x, output) if t is not None)
-                first.append(x.nbytes)
             alive = [storage for storage in mine if storage.data_ptr() not in weights]
             size = sum(storage.nbytes() for storage in alive)
             peaks[op.stage] = max(peaks.get(op.stage, 0), size)
@@ -192,7 +187,7 @@ def test_recompute_keeps_the_inputs_in_flight_and_one_microbatchs_activations(sc
 def test_recompute_without_stashing_gives_the_gradient_of_the_newest_weights_at_old_inputs(m):
     """The forward runs again on weights that are newer than those that made its input."""
     config = small(num_microbatches=m, num_batches=6, weight_stashing=False, recompute=True)
-    inputs, before, newer = {}, defaultdict(dict), 0  # (stage, microbatch) -> x; stage -> gradient
+    newer = 0  # backwards
     modules = [stage.double() for stage in build_stages(config)]
     labels_of = [y for _, y in split_batches(config, torch.float64)]
 
@@ -449,7 +444,7 @@ def test_stages_are_one_network_cut_and_the_cut_does_not_change_its_bits(s, laye
     assert nn.Sequential(*cut)(x).shape == (5, 10)
 
 
-def test_the_transformer_is_one_of_textbooks_written_out_here():
+def test_the_transformer_is_the_one_of_the_textbooks():
     """Pre-norm attention and MLP in plain arithmetic: no fast path, no dropout."""
     config = small(**TRANSFORMER, num_stages=2)
     stages = [stage.double() for stage in build_stages(config)]
