@@ -16,7 +16,8 @@ CONFIG and its flags are those of pipedream_lab.py, and two more:
     --timeout 60   seconds until the run ends when a process has died, hangs or is stopped
     --repeats 3    timed runs, after one to warm up; the results are those of the last
 Without effect: forward_time, backward_time, comm_time (time is real) and verbose. Not possible:
-weight_stashing False, and a device that is a single GPU (cuda:N, mps).
+weight_stashing False, recompute where a backward is split (zb-h1), and a device that is a single
+GPU (cuda:N, mps).
 
 A rank is the number of a process. gloo (CPU) and nccl (GPU) carry tensors between ranks. Read the
 first three rooms: stage, engine, one process of many. The others serve them: the proof, the clock,

@@ -516,8 +516,8 @@ def train(
         worker, needed = workers[op.stage], input_of(op, config["num_stages"])
         labels = microbatches[op.microbatch][1] if op.stage == last_stage else None
         if config["recompute"] and op.kind in ("B", "I"):
-            again, (x, *_) = op._replace(kind="R"), worker.in_flight[op.microbatch]
-            worker.forward(again, x, labels)
+            again = op._replace(kind="R")
+            worker.forward(again, worker.in_flight[op.microbatch][0], labels)
             if watch:
                 watch(again, worker)
         if op.kind == "F":
@@ -1219,6 +1219,8 @@ def check_config(config: dict, schedules: Iterable[str] = (), rules: dict | None
         raise UserError("vertical_sync=True needs weight_stashing=True: it reads stashed versions")
     for product, most in LIMITS.items():
         number = math.prod(config[key] for key in product.split(" * "))
+        if config["network"] == "transformer" and "hidden_size" in product:
+            most //= 6  # a layer has six times the weights
         if number > most:
             raise UserError(f"{product} is {number:,}: at most {most:,} fit")
     batch_size, num_microbatches = config["batch_size"], config["num_microbatches"]
