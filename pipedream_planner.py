@@ -13,6 +13,7 @@ parallelism. `Plan: 15-1` is a stage on 15 GPUs and one on a single GPU; `Plan: 
 parallelism. Paper: PipeDream (SOSP 2019).
 """
 
+import copy
 import functools
 import itertools
 import math
@@ -26,18 +27,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from pipedream_lab import choose_command, read_cells, read_text
 from pipedream_simple import (
+    CONFIG,
+    Event,
+    Op,
+    Run,
     UserError,
+    Worker,
+    check_config,
     check_value,
     count,
     format_table,
+    one_f_one_b,
     parse_config,
     parse_value,
+    pin_versions,
     run_main,
     shorten,
     shown,
+    simulate,
+    train,
 )
 
 # ------------------------------------------------------------------------------------ profile
@@ -361,6 +374,7 @@ def best_plan(
 
 
 LEVEL = {"gpus": (int, 1, 10_000), "bandwidth": (float, 1, 1e18)}  # as in RULES
+MOST_SIMULATED = 300_000  # minibatches * stages
 MOST = 100_000_000  # layers * layers * GPUs: the numbers that a search keeps
 
 
@@ -465,6 +479,125 @@ def plan(
             due += 2
 
     print(format_plan(best_plan(layers, gpus, bandwidth, straight, memory, progress), layers))
+
+
+# ----------------------------------------------------------------------------------- replicas
+
+
+def replicated(replicas: list[int], num_microbatches: int, num_batches: int) -> Iterator[list]:
+    """1F1B-RR: stage s is on replicas[s] GPUs, which take turns: microbatch m goes to m mod R_s.
+
+    One row per GPU, the replicas of a stage next to each other. Each runs 1F1B on its microbatches.
+    Before the first backward it runs one forward for each GPU from its stage on, shared among its
+    replicas: on stage 0 that is NOAM. PipeDream (SOSP 2019), section 3.2.
+
+    >>> print(format_rows(replicated([2, 1], 2, 2)))
+    GPU0: F0 F2 B0 B2
+    GPU1: F1 F3 B1 B3
+    GPU2: F0 B0 F1 B1 F2 B2 F3 B3
+    """
+    for stage, copies in enumerate(replicas):
+        warmup = count_in_flight(copies, sum(replicas[stage + 1 :])) - 1
+        for replica in range(copies):
+            number = num_microbatches * num_batches // copies
+            row = one_f_one_b(0, warmup + 1, number, num_batches=1)
+            yield [(stage, kind, m * copies + replica) for _, kind, m in row]
+
+
+def simulate_plan(plan: Plan, layers: list[Layer]) -> tuple[list[Event], float]:
+    """1F1B-RR with the plan's times in ms, messages free; and its seconds per minibatch.
+
+    A batch is as many minibatches as the replicas share evenly, and its update takes all-reduce's
+    time for as many. Counted in the middle third of a run, where the pipeline is full.
+    """
+    replicas = [stage.replicas for stage in plan.stages]
+    batch, num_stages = math.lcm(*replicas), len(replicas)
+    num_batches = 3 * math.ceil(4 * sum(replicas) / batch) + 6
+    if batch * num_batches * num_stages > MOST_SIMULATED:
+        raise UserError("it has too many minibatches to be simulated")
+    of = [layers[stage.first : stage.last + 1] for stage in plan.stages]
+    config = {
+        "num_stages": num_stages,
+        "forward_time": [max(1e-9, 1000 * sum(x.forward for x in some)) for some in of],
+        "backward_time": [max(1e-9, 1000 * sum(x.backward for x in some)) for some in of],
+        "comm_time": 0,
+        "update_time": [1000 * batch * stage.all_reduce for stage in plan.stages],
+        "recompute": False,
+    }
+    events = simulate(pin_versions(replicated(replicas, batch, num_batches), batch), config)
+    done: dict[int, float] = {}  # batch -> when all GPUs have updated
+    for op, _, _, end in events:
+        if op.kind == "U":
+            done[op.version] = max(done.get(op.version, 0), end)
+    first, last = num_batches // 3, 2 * num_batches // 3
+    return events, (done[last] - done[first]) / (1000 * batch * (last - first))
+
+
+class Replicas(nn.Module):
+    """Copies of a stage, each with weights of its own, that take turns."""
+
+    def __init__(self, stage: nn.Module, number: int):
+        super().__init__()
+        self.copies = nn.ModuleList(copy.deepcopy(stage) for _ in range(number))
+        self.turn = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.copies[self.turn](x)
+
+
+class ReplicatedWorker(Worker):
+    """The GPUs of a replicated stage. Before an update they add up their gradients."""
+
+    module: Replicas
+
+    def __init__(self, stage: nn.Module, config: dict, number: int):
+        super().__init__(Replicas(stage, number), config)
+        self.number = self.missing = number
+
+    def forward(self, op: Op, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.module.turn = op.microbatch % self.number
+        result = super().forward(op, x, labels)
+        x, output, weights = self.in_flight[op.microbatch]
+        own = {k: w for k, w in weights.items() if k.startswith(f"copies.{self.module.turn}.")}
+        self.in_flight[op.microbatch] = x, output, own  # a backward is about these alone
+        return result
+
+    def update(self, op: Op) -> None:
+        """When the last replica has come: all-reduce, and then the update on each of them."""
+        self.missing -= 1
+        if self.missing == 0:
+            for name, _ in self.module.copies[0].named_parameters():
+                keys = [f"copies.{replica}.{name}" for replica in range(self.number)]
+                total = sum(self.gradient[key] for key in keys)
+                self.gradient |= dict.fromkeys(keys, total)
+            super().update(op)
+            self.missing = self.number
+
+
+def train_replicated(
+    config: dict, replicas: list[int], dtype: torch.dtype = torch.float32
+) -> tuple[Run, list[Event]]:
+    """Train the config's network with 1F1B-RR for real; weights have names as in Replicas.
+
+    UserError: replicas that are not numbers, or do not share num_microbatches evenly.
+    """
+    for number in replicas:
+        check_value("replicas", number, (int, 1, 1_000))
+        if config["num_microbatches"] % number:
+            microbatches = f"num_microbatches={config['num_microbatches']}"
+            raise UserError(f"{microbatches} must be a multiple of {number}, a stage's replicas")
+    config = {**config, "num_stages": len(replicas), "schedule": "pipedream"}
+    check_config(config)
+    sizes = config["num_microbatches"], config["num_batches"]
+    rows = replicated(replicas, *sizes)
+    schedule = pin_versions(rows, sizes[0], config["weight_stashing"], config["vertical_sync"])
+    events = simulate(schedule, config)
+    numbers = iter(replicas)
+
+    def worker(stage: nn.Module, config: dict) -> Worker:
+        return ReplicatedWorker(stage, config, next(numbers))
+
+    return train(config, dtype, events=events, worker_class=worker), events
 
 
 # --------------------------------------------------------------------------------------- main

@@ -335,6 +335,8 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
             heads = [(d, input_of(row[-1], num_stages)) for d, row in enumerate(todo) if row]
             waits = (f"GPU{device} waits for {Op(*step, 0)}" for device, step in heads if step)
             raise ValueError("deadlock: " + ", ".join(waits))
+    if met:
+        events.sort(key=lambda event: event.op.kind != "U")  # before what reads their result
     events.sort(key=lambda event: event.start)  # stable: an op stays behind the one it needs
     return events
 
@@ -496,7 +498,7 @@ def train(
     dtype: torch.dtype = torch.float32,
     watch: Callable[[Op, Worker], None] | None = None,
     events: list[Event] | None = None,
-    worker_class: type[Worker] = Worker,
+    worker_class: Callable[[nn.Module, dict], Worker] = Worker,
 ) -> Run:
     """Run a schedule, by default that of config, on real tensors, in simulated order.
 
