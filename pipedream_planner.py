@@ -462,7 +462,12 @@ def explain(plan: Plan) -> str:
 
 
 def plan(
-    profile: Path, gpus: list, bandwidth: list, straight: bool = False, memory: float | None = None
+    profile: Path,
+    gpus: list,
+    bandwidth: list,
+    straight: bool = False,
+    memory: float | None = None,
+    out: Path | None = None,
 ) -> None:
     """Where to cut a network, and how many GPUs each stage gets, for the fastest pipeline.
 
@@ -478,7 +483,20 @@ def plan(
             print(f"searched {share:.0%}", file=sys.stderr, flush=True)
             due += 2
 
-    print(format_plan(best_plan(layers, gpus, bandwidth, straight, memory, progress), layers))
+    found = best_plan(layers, gpus, bandwidth, straight, memory, progress)
+    print(format_plan(found, layers))
+    events, seconds = simulate_plan(found, layers)
+    promised = max(stage.compute + stage.all_reduce for stage in found.stages)
+    ratio = seconds / promised
+    print(
+        f"Simulated: {seconds:.9f} s per minibatch once the pipeline is full, with 1F1B-RR and free"
+        f"\n   messages. The plan promises {promised:.9f} s without them: {ratio:.3f} times."
+    )
+    if ratio > 1.001:
+        print("   This schedule does not keep the slowest stage busy all the time.")
+    if out:
+        name = "-".join(str(stage.replicas) for stage in found.stages)
+        draw_timeline(f"Plan {name}: {seconds:.4g} s per minibatch", events, out)
 
 
 # ----------------------------------------------------------------------------------- replicas
@@ -531,6 +549,27 @@ def simulate_plan(plan: Plan, layers: list[Layer]) -> tuple[list[Event], float]:
             done[op.version] = max(done.get(op.version, 0), end)
     first, last = num_batches // 3, 2 * num_batches // 3
     return events, (done[last] - done[first]) / (1000 * batch * (last - first))
+
+
+def draw_timeline(title: str, events: list[Event], out: Path) -> None:
+    """Write plan.png: the lanes of all GPUs until the first batches are done."""
+    import pipedream_visual as visual
+
+    events = visual.rounded(events)
+    num_devices = 1 + max(event.device for event in events)
+    until = max(end for op, *_, end in events if op.kind == "U" and op.version < 3)
+    width = visual.LEFT + visual.plot_width(events, until) + visual.RIGHT
+    lane, top = min(60, 2400 / num_devices), 3 * visual.LINE
+    lines = ["One lane per GPU; black: all-reduce and update. Simulated, until 3 batches are done."]
+    with visual.house_style():
+        figure = visual.new_picture(width, top + lane * num_devices + 110, title, lines)
+        axes = visual.add_lanes(figure, top, lane * num_devices, num_devices, until)
+        shown = [event for event in events if event.start < until]
+        visual.draw_ops(axes, shown, stages=True)
+        boxes = [(e.start, e.end, e.device, 0.06, 0.94) for e in shown if e.op.kind == "U"]
+        visual.add_boxes(axes, boxes, facecolors=visual.INK, edgecolors=visual.INK, linewidths=2)
+        visual.add_legend(figure, [event.op for event in shown], [visual.IDLE])
+        visual.save({out / "plan.png": figure.savefig})
 
 
 class Replicas(nn.Module):
@@ -612,6 +651,7 @@ COMMANDS: dict[str, tuple[Callable, dict]] = {  # -> (function, its flags)
             "--bandwidth": {**LEVELS, "metavar": "B", "help": "bytes per second, one per level"},
             "--straight": {"action": "store_true", "help": "one GPU per stage"},
             "--memory": {"type": parse_value, "metavar": "BYTES", "help": "of each GPU"},
+            "--out": {"type": Path, "metavar": "DIR", "help": "folder for plan.png, its timeline"},
         },
     ),
 }
