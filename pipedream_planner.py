@@ -372,7 +372,9 @@ def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory)
         for value in values:
             check_value(key, value, LEVEL[key])
     if len(gpus) != len(bandwidths):
-        raise UserError(f"gpus={gpus} and bandwidth={bandwidths} must have as many levels")
+        raise UserError(
+            f"gpus={gpus} has other levels than bandwidth={bandwidths}: each needs both"
+        )
     if memory is not None:
         check_value("memory", memory, LEVEL["bandwidth"])
     for layer in layers:
