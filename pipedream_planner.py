@@ -386,7 +386,9 @@ def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory)
         for value in values:
             check_value(key, value, LEVEL[key])
     if len(gpus) != len(bandwidths):
-        raise UserError(f"gpus={gpus} and bandwidth={bandwidths} must have as many levels")
+        raise UserError(
+            f"gpus={gpus} has other levels than bandwidth={bandwidths}: each needs both"
+        )
     if memory is not None:
         check_value("memory", memory, LEVEL["bandwidth"])
     for layer in layers:
@@ -418,14 +420,13 @@ PLAN_LEGEND = """\
 def format_plan(plan: Plan, layers: list[Layer]) -> str:
     """The stages, the cuts, what they gain, and a sentence that says what limits them."""
     seconds, one_gpu, data_parallel = plan.slowest.seconds, plan.one_gpu, plan.data_parallel
-    table = [["  stage", "GPUs", "layers", *TIMES, "in all", "versions", "GB"]]
+    table = [["stage", "GPUs", "layers", *TIMES, "in all", "versions", "GB"]]
     cuts = []
     for number, stage in enumerate(plan.stages):
-        levels = f" ({' x '.join(map(str, stage.levels))})" * (len(stage.levels) > 1)
         times = stage.compute, stage.all_reduce, stage.transfer, stage.seconds
-        row = [f"{'*' if stage is plan.slowest else ' '} {number}", f"{stage.replicas}{levels}"]
+        row = [f"{number}{' *' * (stage is plan.slowest)}", "x".join(map(str, stage.levels))]
         row += [f"{stage.first}-{stage.last}", *(f"{1000 * time:.4g}" for time in times)]
-        table.append([*row, str(stage.in_flight), f"{stage.bytes / 1e9:.3g}"])
+        table.append([*row, str(stage.in_flight), f"{stage.bytes / 1e9:.3f}"])
         name = textwrap.shorten(layers[stage.last].name, 32, placeholder=" ...")
         sent = f"{sent_after(layers[stage.last]) / 1e6:.3g} MB each way"
         cuts.append(f"   after layer {stage.last}, {name}: {sent}")
@@ -435,7 +436,7 @@ def format_plan(plan: Plan, layers: list[Layer]) -> str:
         "",
         *shorten(format_table(table), 40, "stages"),
         PLAN_LEGEND,
-        *["   (4 x 2): 4 GPUs in each of 2 machines."] * (len(plan.stages[0].levels) > 1),
+        *["   4x2: 4 GPUs in each of 2 machines."] * (len(plan.stages[0].levels) > 1),
         *(["Cuts:", *shorten(cuts[:-1], 12, "cuts")] if len(cuts) > 1 else []),
         f"NOAM: {plan.stages[0].in_flight} (minibatches in flight on each GPU of stage 0)",
         f"Speed-up over one GPU ({one_gpu:.9f} s): {one_gpu / seconds:.2f}x",
