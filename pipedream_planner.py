@@ -30,27 +30,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipedream_lab import choose_command, read_cells, read_text
+from pipedream_lab import LAB_CONFIG, choose_command, make_plan, read_cells, read_text
 from pipedream_simple import (
     CONFIG,
     Event,
     Op,
     Run,
+    Schedule,
     UserError,
+    Weights,
     Worker,
     check_config,
     check_value,
     count,
+    format_per_gpu,
     format_table,
+    makespan,
     one_f_one_b,
     parse_config,
     parse_value,
+    peak_in_flight,
+    peak_versions,
     pin_versions,
     run_main,
     shorten,
     shown,
     simulate,
     train,
+    utilization,
 )
 
 # ------------------------------------------------------------------------------------ profile
@@ -463,6 +470,7 @@ def explain(plan: Plan) -> str:
 
 
 def plan(
+    config: dict,
     profile: Path,
     gpus: list,
     bandwidth: list,
@@ -614,15 +622,46 @@ class ReplicatedWorker(Worker):
             self.missing = self.number
 
 
+def train_plan(config: dict, replicas: str, out: Path | None = None) -> None:
+    """Train a plan such as 2-1-1 on the digits: the first stage on two GPUs that take turns.
+
+    Real arithmetic on one device, simulated time; each replica has weights of its own.
+    """
+    numbers = [parse_value(number) for number in replicas.split("-")]
+    run, schedule, events = train_replicated(config, numbers)  # type: ignore[arg-type]
+    for gpu, row in enumerate(shorten(schedule, 16, "GPUs") if config["verbose"] else []):
+        ops = row if isinstance(row, str) else " ".join(f"{op.kind}{op.microbatch}" for op in row)
+        name = f"GPU{gpu} (stage {row[0].stage}): " if ops is not row else ""
+        print(textwrap.shorten(name + ops, 80, placeholder=" ..."))
+    time, used = makespan(events), utilization(events)
+    apart = [differences(weights) for weights in run.weights]
+    print(
+        f"Plan {replicas}: {count(len(schedule), 'GPU')}, {time:.10g} time units, {used:.1%} "
+        f"utilization\nLoss: {run.losses[0]:.4f} in the first batch, {run.losses[-1]:.4f} in the "
+        f"last; {run.test_accuracy:.1%} of the test images right\n"
+        f"Weight versions per stage: {format_per_gpu(run.peak_versions)}\n"
+        f"Largest difference between the weights of two replicas: {max(apart):g}"
+    )
+    if out:
+        draw_timeline(f"Plan {replicas}: {used:.1%} utilization", events, out)
+
+
+def differences(weights: Weights) -> float:
+    """The largest difference between a replica's weights and those of the first replica."""
+    first = {k.removeprefix("copies.0."): w.detach() for k, w in weights.items()}
+    pairs = ((w, first[k.split(".", 2)[2]]) for k, w in weights.items())
+    return max(float((w - other).abs().max()) for w, other in pairs)
+
+
 def train_replicated(
     config: dict, replicas: list[int], dtype: torch.dtype = torch.float32
-) -> tuple[Run, list[Event]]:
+) -> tuple[Run, Schedule, list[Event]]:
     """Train the config's network with 1F1B-RR for real; weights have names as in Replicas.
 
     UserError: replicas that are not numbers, or do not share num_microbatches evenly.
     """
     for number in replicas:
-        check_value("replicas", number, (int, 1, 1_000))
+        check_value("a stage's replicas", number, (int, 1, 64))
         if config["num_microbatches"] % number:
             microbatches = f"num_microbatches={config['num_microbatches']}"
             raise UserError(f"{microbatches} must be a multiple of {number}, a stage's replicas")
@@ -637,33 +676,227 @@ def train_replicated(
     def worker(stage: nn.Module, config: dict) -> Worker:
         return ReplicatedWorker(stage, config, next(numbers))
 
-    return train(config, dtype, events=events, worker_class=worker), events
+    return train(config, dtype, events=events, worker_class=worker), schedule, events
+
+
+# ---------------------------------------------------------------------------------------- fit
+
+NETWORK = ["layers", "hidden_size", "heads", "kv_heads", "ffn", "vocabulary", "sequence"]
+PRESETS = {  # Touvron et al. 2023 (arXiv 2307.09288), and the models' own configuration files
+    "llama-2-7b": (32, 4096, 32, 32, 11_008, 32_000, 4096),
+    "llama-2-70b": (80, 8192, 64, 8, 28_672, 32_000, 4096),
+}
+PRECISION = {"bf16": (2, 4), "fp32": (4, 0)}  # bytes of a number, and of the optimizer's copy
+OPTIMIZER = {"sgd": 0, "momentum": 4, "adam": 8}  # bytes per parameter, next to that copy
+FIT = {
+    "model": "llama-2-7b",
+    **dict.fromkeys(NETWORK),  # as in the model, unless given
+    "gpus": 8,  # one stage each
+    "num_microbatches": 32,
+    "microbatch_size": 1,  # sequences
+    "precision": "bf16",
+    "optimizer": "adam",
+    "flash_attention": True,  # False: the matrices of attention are kept
+    "memory": 80e9,  # bytes of a GPU
+}
+FIT_RULES = {
+    **dict.fromkeys([*NETWORK, "microbatch_size"], (int, 1, 10_000_000)),
+    **{"gpus": (int, 1, 256), "num_microbatches": (int, 1, 1024)},
+    **{"flash_attention": (bool,), "memory": (float, 1, 1e18)},
+}
+CHOICES = {"model": PRESETS, "precision": PRECISION, "optimizer": OPTIMIZER}
+
+
+def check_fit(config: dict) -> None:
+    """Raise a UserError for the first wrong value."""
+    for key, value in config.items():
+        if key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f"{key}={shown(value)} must be one of {', '.join(CHOICES[key])}")
+        if key in FIT_RULES and value is not None:
+            check_value(key, value, FIT_RULES[key])
+    net = complete(config)
+    for key, divisor in (("hidden_size", "heads"), ("heads", "kv_heads")):
+        if net[key] % net[divisor]:
+            raise UserError(f"{key}={net[key]} must be a multiple of {divisor}={net[divisor]}")
+    if net["layers"] < net["gpus"]:
+        raise UserError(f"layers={net['layers']} cannot be cut into gpus={net['gpus']} stages")
+
+
+def complete(config: dict) -> dict:
+    """The config with its model's numbers where none are given."""
+    preset = dict(zip(NETWORK, PRESETS[config["model"]], strict=True))
+    return {k: preset[k] if value is None else value for k, value in config.items()}
+
+
+def count_parameters(net: dict) -> tuple[int, int]:
+    """Of a layer of Llama 2, and of the embedding; the head has as many, and a norm.
+
+    Queries, keys, values and the projection after them; an MLP of three matrices; two norms.
+    """
+    h, keys = net["hidden_size"], net["hidden_size"] // net["heads"] * net["kv_heads"]
+    return 2 * h * h + 2 * h * keys + 3 * h * net["ffn"] + 2 * h, net["vocabulary"] * h
+
+
+def count_activations(h: int, heads: int, kv_heads: int, ffn: int, mlp: int = 4) -> int:
+    """Numbers that a layer keeps per token, from its forward to its backward.
+
+    Input and output of two norms, queries, output of attention; keys and values; a scale per norm
+    and its mean, and one per head. The MLP keeps its hidden size mlp times: 1 with ReLU, 2 with
+    GELU, 4 with SwiGLU. Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1, counts 34 h bytes
+    with GELU and ffn = 4 h: these 2 (8 h + 2 * 4 h), and 2 h of dropout, which is left out here.
+    """
+    return 6 * h + 2 * (h // heads) * kv_heads + mlp * ffn + 4 + heads
+
+
+def memory_of(net: dict, stage: int, versions: int, in_flight: int, recompute: bool) -> list[float]:
+    """Bytes on a stage's GPU: weights, gradients, optimizer, stashed weights, activations."""
+    last, tokens = net["gpus"] - 1, net["microbatch_size"] * net["sequence"]
+    layers = net["layers"] // net["gpus"] + (stage < net["layers"] % net["gpus"])
+    of_layer, embedding = count_parameters(net)
+    parameters = layers * of_layer + embedding * ((stage == 0) + (stage == last))
+    parameters += net["hidden_size"] * (stage == last)
+    size, fp32_copy = PRECISION[net["precision"]]
+    sizes = [net[key] for key in ("hidden_size", "heads", "kv_heads", "ffn")]
+    kept = layers * tokens * count_activations(*sizes)
+    if not net["flash_attention"]:  # the softmax and its output; same section, without dropout
+        kept += layers * 2 * tokens * net["sequence"] * net["heads"]
+    numbers = in_flight * tokens * net["hidden_size"] + kept if recompute else in_flight * kept
+    logits = 4 * tokens * net["vocabulary"] * (stage == last)  # fp32, of one microbatch
+    per_parameter = size, size, fp32_copy + OPTIMIZER[net["optimizer"]], size * (versions - 1)
+    return [*(parameters * each for each in per_parameter), size * numbers + logits]
+
+
+def ways_to_run(net: dict) -> Iterator[tuple[str, Schedule, bool, float]]:
+    """Name, rows, recompute, and the time of a batch in forwards of a stage, backward = 2."""
+    sizes = {"num_stages": net["gpus"], "num_microbatches": net["num_microbatches"]}
+    sizes |= {"batch_size": net["num_microbatches"], "backward_time": 2}
+    flush = {**sizes, "num_batches": 1}
+    stream = {**sizes, "num_batches": 2 + math.ceil(net["gpus"] / net["num_microbatches"])}
+    paper = {**stream, "num_microbatches": 1, "batch_size": 1, "num_batches": 2 * net["gpus"]}
+    for name, schedule, settings in (
+        ("gpipe", "gpipe", flush),
+        ("1f1b", "1f1b", flush),
+        ("zb-h1", "zb-h1", flush),
+        ("pipedream (2BW)", "pipedream", {**stream, "vertical_sync": True}),
+        ("pipedream (2019)", "pipedream", paper),
+    ):
+        for recompute in (False, True):
+            config = {**LAB_CONFIG, **settings, "schedule": schedule, "recompute": recompute}
+            plan = make_plan(config)
+            time = makespan(plan.events)
+            if schedule == "pipedream":  # once the pipeline is full, no GPU is idle
+                time = net["num_microbatches"] * (4 if recompute else 3)
+            yield name + ", recompute" * recompute, plan.schedule, recompute, time
+
+
+PARTS = ["weights", "gradients", "optimizer", "stash", "activations"]
+
+
+def fit(config: dict) -> None:
+    """Does a transformer fit on these GPUs? With which schedule, and how fast is it?
+
+    A stage per GPU, weights in one precision, activations as in Korthikanti et al. 2022. The keys,
+    each also a flag (a number that is not given is the model's):
+    """
+    net = complete(config)
+    of_layer, embedding = count_parameters(net)
+    parameters = net["layers"] * of_layer + 2 * embedding + net["hidden_size"]
+    ideal, ways, rows = 3 * net["num_microbatches"], {}, [["", *PARTS, "in all", "time"]]
+    for name, schedule, recompute, length in ways_to_run(net):
+        peaks = zip(peak_versions(schedule), peak_in_flight(schedule), strict=True)
+        ways[name] = (
+            [memory_of(net, gpu, *peak, recompute) for gpu, peak in enumerate(peaks)],
+            length,
+        )
+        fullest = max(ways[name][0], key=sum)
+        fits = "+" if sum(fullest) <= net["memory"] else " "
+        cells = [f"{part / 1e9:.1f}" for part in (*fullest, sum(fullest))]
+        rows.append([f"{fits} {name}", *cells, f"{length / ideal:.2f}"])
+    print(
+        f"{net['model']}, {parameters / 1e9:.2f} billion parameters, on {count(net['gpus'], 'GPU')}"
+        f": {count(net['layers'], 'layer')}, {net['precision']}, {net['optimizer']};\n"
+        f"{count(net['num_microbatches'], 'microbatch')} of {net['microbatch_size']} x "
+        f"{net['sequence']:,} tokens.\n",
+        *format_table(rows),
+        FIT_LEGEND.format(net["memory"] / 1e9),
+        *(textwrap.fill(text, 80) for text in advise(net, ways)),
+        sep="\n",
+    )
+
+
+FIT_LEGEND = """\
+   GB on the fullest GPU. +: fits into {:g} GB. time: of a batch, over that without
+   idle GPUs and without recompute. PipeDream's: once the pipeline is full.
+"""
+
+
+def advise(net: dict, ways: dict[str, tuple[list[list[float]], float]]) -> list[str]:
+    """Which way to take, and what the weight versions cost next to the optimizer's state."""
+    most = {name: max(map(sum, gpus)) for name, (gpus, _) in ways.items()}
+    fitting = [name for name in ways if most[name] <= net["memory"]]
+    least = min(most, key=lambda name: most[name])
+    if not fitting:
+        text = f"Nothing fits. {least} needs least, {most[least] / 1e9:.1f} GB: use more GPUs, or"
+        text += " divide the optimizer's state among replicas (ZeRO)."
+    else:
+        best = min(fitting, key=lambda name: (ways[name][1], most[name]))
+        text = f"Take {best}: of what fits it is the fastest"
+        exact = [name for name in fitting if "pipedream" not in name]
+        if "pipedream" in best and exact:
+            sgd = min(exact, key=lambda name: (ways[name][1], most[name]))
+            slower = ways[sgd][1] / ways[best][1] - 1
+            text += f"; {sgd} takes {slower:.0%} longer, but its gradients are not stale"
+        text += "."
+    weights, _, optimizer, stash, _ = ways["pipedream (2019)"][0][0]
+    second = ways["pipedream (2BW)"][0][0][3]
+    versions = round((weights + stash) / weights)
+    return [
+        text,
+        f"On GPU0 PipeDream's {count(versions, 'version')} of 1/{net['gpus']} of the network take "
+        f"{(weights + stash) / 1e9:.1f} GB, about as much as a whole network. 2BW adds "
+        f"{second / 1e9:.1f} GB to {optimizer / 1e9:.1f} GB of the optimizer's state.",
+    ]
 
 
 # --------------------------------------------------------------------------------------- main
 
 LEVELS = {"nargs": "+", "type": parse_value, "required": True}
-COMMANDS: dict[str, tuple[Callable, dict]] = {  # -> (function, its flags)
+OUT = {"type": Path, "metavar": "DIR", "help": "folder for plan.png, the timeline"}
+TRAIN = {key: CONFIG[key] for key in CONFIG if key not in ("num_stages", "schedule")}
+COMMANDS: dict[str, tuple[Callable, dict, Callable, dict]] = {  # function, keys, check, flags
     "plan": (
         plan,
+        {},
+        lambda config: None,
         {
             "profile": {"type": Path, "metavar": "PROFILE"},
             "--gpus": {**LEVELS, "metavar": "N", "help": "GPUs; or GPUs per machine, machines"},
             "--bandwidth": {**LEVELS, "metavar": "B", "help": "bytes per second, one per level"},
             "--straight": {"action": "store_true", "help": "one GPU per stage"},
             "--memory": {"type": parse_value, "metavar": "BYTES", "help": "of each GPU"},
-            "--out": {"type": Path, "metavar": "DIR", "help": "folder for plan.png, its timeline"},
+            "--out": OUT,
         },
     ),
+    "train": (
+        train_plan,
+        TRAIN,
+        lambda config: None,
+        {"replicas": {"metavar": "PLAN"}, "--out": OUT},
+    ),
+    "fit": (fit, FIT, check_fit, {}),
 }
 
 
 def main() -> None:
     name = choose_command(__doc__, COMMANDS)
     if name:
-        command, other = COMMANDS[name]
-        _, flags = parse_config(command.__doc__, sys.argv[2:], {}, lambda config: None, other)
-        command(**flags)
+        command, keys, check, other = COMMANDS[name]
+        values = {key: "the model's" if keys[key] is None else keys[key] for key in keys}
+        text = f"{command.__doc__}\n" + "".join(
+            f"    --{k} {values[k]}\n" for k in FIT if k in keys
+        )
+        config, flags = parse_config(text, sys.argv[2:], keys, check, other)
+        command(config, **flags)
 
 
 if __name__ == "__main__":

@@ -1282,7 +1282,7 @@ def parse_config(
     keys = f"Every key of CONFIG is also a flag: --num_stages 8.\n{block[0] if block else ''}"
     parser = argparse.ArgumentParser(
         description=doc,
-        epilog=keys if config else None,
+        epilog=keys if "seed" in config else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
