@@ -616,7 +616,7 @@ class ReplicatedWorker(Worker):
         if self.missing == 0:
             for name, _ in self.module.copies[0].named_parameters():
                 keys = [f"copies.{replica}.{name}" for replica in range(self.number)]
-                total = sum(self.gradient[key] for key in keys)
+                total = torch.stack([self.gradient[key] for key in keys]).sum(dim=0)
                 self.gradient |= dict.fromkeys(keys, total)
             super().update(op)
             self.missing = self.number
@@ -648,8 +648,8 @@ def train_plan(config: dict, replicas: str, out: Path | None = None) -> None:
 
 def differences(weights: Weights) -> float:
     """The largest difference between a replica's weights and those of the first replica."""
-    first = {k.removeprefix("copies.0."): w.detach() for k, w in weights.items()}
-    pairs = ((w, first[k.split(".", 2)[2]]) for k, w in weights.items())
+    first = {k.split(".", 2)[2]: w.detach() for k, w in reversed(weights.items())}
+    pairs = ((w.detach(), first[k.split(".", 2)[2]]) for k, w in weights.items())
     return max(float((w - other).abs().max()) for w, other in pairs)
 
 
@@ -704,7 +704,7 @@ FIT_RULES = {
     **{"gpus": (int, 1, 256), "num_microbatches": (int, 1, 1024)},
     **{"flash_attention": (bool,), "memory": (float, 1, 1e18)},
 }
-CHOICES = {"model": PRESETS, "precision": PRECISION, "optimizer": OPTIMIZER}
+CHOICES: dict[str, dict] = {"model": PRESETS, "precision": PRECISION, "optimizer": OPTIMIZER}
 
 
 def check_fit(config: dict) -> None:

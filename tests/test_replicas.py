@@ -72,7 +72,7 @@ def test_replicas_share_the_microbatches_in_turn_and_update_together():
         pin_versions(replicated([3, 1], 6, 4), 6),
         {**CONFIG, "num_stages": 2, "update_time": [2, 0]},
     )
-    for op, device, start, end in events:
+    for op, device, start, _ in events:
         if op.stage == 0 and op.kind in "FB":
             assert device == op.microbatch % 3
         if op.kind == "U" and op.stage == 0:
