@@ -710,7 +710,7 @@ CHOICES: dict[str, dict] = {"model": PRESETS, "precision": PRECISION, "optimizer
 def check_fit(config: dict) -> None:
     """Raise a UserError for the first wrong value."""
     for key, value in config.items():
-        if key in CHOICES and value not in CHOICES[key]:
+        if key in CHOICES and value not in [*CHOICES[key]]:  # a list cannot be looked up
             raise UserError(f"{key}={shown(value)} must be one of {', '.join(CHOICES[key])}")
         if key in FIT_RULES and value is not None:
             check_value(key, value, FIT_RULES[key])
@@ -758,8 +758,8 @@ def memory_of(net: dict, stage: int, versions: int, in_flight: int, recompute: b
     size, fp32_copy = PRECISION[net["precision"]]
     sizes = [net[key] for key in ("hidden_size", "heads", "kv_heads", "ffn")]
     kept = layers * tokens * count_activations(*sizes)
-    if not net["flash_attention"]:  # the softmax and its output; same section, without dropout
-        kept += layers * 2 * tokens * net["sequence"] * net["heads"]
+    if not net["flash_attention"]:  # the softmax; same section
+        kept += layers * tokens * net["sequence"] * net["heads"]
     numbers = in_flight * tokens * net["hidden_size"] + kept if recompute else in_flight * kept
     logits = 4 * tokens * net["vocabulary"] * (stage == last)  # fp32, of one microbatch
     per_parameter = size, size, fp32_copy + OPTIMIZER[net["optimizer"]], size * (versions - 1)
@@ -768,28 +768,29 @@ def memory_of(net: dict, stage: int, versions: int, in_flight: int, recompute: b
 
 def ways_to_run(net: dict) -> Iterator[tuple[str, Schedule, bool, float]]:
     """Name, rows, recompute, and the time of a batch in forwards of a stage, backward = 2."""
-    sizes = {"num_stages": net["gpus"], "num_microbatches": net["num_microbatches"]}
-    sizes |= {"batch_size": net["num_microbatches"], "backward_time": 2}
-    flush = {**sizes, "num_batches": 1}
-    stream = {**sizes, "num_batches": 2 + math.ceil(net["gpus"] / net["num_microbatches"])}
-    paper = {**stream, "num_microbatches": 1, "batch_size": 1, "num_batches": 2 * net["gpus"]}
+    gpus, number = net["gpus"], net["num_microbatches"]
+    flush = {"num_stages": gpus, "num_microbatches": number, "batch_size": number, "num_batches": 1}
+    two_versions = {**flush, "num_batches": 3, "vertical_sync": True}
+    paper = {**flush, "num_microbatches": 1, "batch_size": 1, "num_batches": 2 * gpus}
     for name, schedule, settings in (
         ("gpipe", "gpipe", flush),
         ("1f1b", "1f1b", flush),
         ("zb-h1", "zb-h1", flush),
-        ("pipedream (2BW)", "pipedream", {**stream, "vertical_sync": True}),
-        ("pipedream (2019)", "pipedream", paper),
+        ("pipedream 2BW", "pipedream", two_versions),
+        ("pipedream 2019", "pipedream", paper),
     ):
+        if settings is two_versions and number < gpus:
+            continue  # 2BW needs as many (ICML 2021, section 3.1)
         for recompute in (False, True):
             config = {**LAB_CONFIG, **settings, "schedule": schedule, "recompute": recompute}
-            plan = make_plan(config)
+            plan = make_plan({**config, "backward_time": 2})
             time = makespan(plan.events)
             if schedule == "pipedream":  # once the pipeline is full, no GPU is idle
-                time = net["num_microbatches"] * (4 if recompute else 3)
+                time = number * (4 if recompute else 3)
             yield name + ", recompute" * recompute, plan.schedule, recompute, time
 
 
-PARTS = ["weights", "gradients", "optimizer", "stash", "activations"]
+PARTS = ["weights", "grads", "optim.", "stash", "activ."]
 
 
 def fit(config: dict) -> None:
@@ -814,7 +815,7 @@ def fit(config: dict) -> None:
         rows.append([f"{fits} {name}", *cells, f"{length / ideal:.2f}"])
     print(
         f"{net['model']}, {parameters / 1e9:.2f} billion parameters, on {count(net['gpus'], 'GPU')}"
-        f": {count(net['layers'], 'layer')}, {net['precision']}, {net['optimizer']};\n"
+        f":\n{count(net['layers'], 'layer')}, {net['precision']}, {net['optimizer']}, "
         f"{count(net['num_microbatches'], 'microbatch')} of {net['microbatch_size']} x "
         f"{net['sequence']:,} tokens.\n",
         *format_table(rows),
@@ -825,8 +826,8 @@ def fit(config: dict) -> None:
 
 
 FIT_LEGEND = """\
-   GB on the fullest GPU. +: fits into {:g} GB. time: of a batch, over that without
-   idle GPUs and without recompute. PipeDream's: once the pipeline is full.
+   GB on the fullest GPU. +: fits into {:g} GB. time: of a batch, as a multiple of
+   that without idle GPUs or recompute. PipeDream's: once the pipeline is full.
 """
 
 
@@ -847,15 +848,17 @@ def advise(net: dict, ways: dict[str, tuple[list[list[float]], float]]) -> list[
             slower = ways[sgd][1] / ways[best][1] - 1
             text += f"; {sgd} takes {slower:.0%} longer, but its gradients are not stale"
         text += "."
-    weights, _, optimizer, stash, _ = ways["pipedream (2019)"][0][0]
-    second = ways["pipedream (2BW)"][0][0][3]
+    if net["gpus"] == 1:
+        return [text]
+    weights, _, optimizer, stash, _ = ways["pipedream 2019"][0][0]
     versions = round((weights + stash) / weights)
-    return [
-        text,
-        f"On GPU0 PipeDream's {count(versions, 'version')} of 1/{net['gpus']} of the network take "
-        f"{(weights + stash) / 1e9:.1f} GB, about as much as a whole network. 2BW adds "
-        f"{second / 1e9:.1f} GB to {optimizer / 1e9:.1f} GB of the optimizer's state.",
-    ]
+    stashing = f"On GPU0 PipeDream's {count(versions, 'version')} of 1/{net['gpus']} of the network"
+    stashing += f" take {(weights + stash) / 1e9:.1f} GB, about as much as a whole network."
+    if "pipedream 2BW" in ways:
+        second = ways["pipedream 2BW"][0][0][3]
+        stashing += f" 2BW adds {second / 1e9:.1f} GB of weights"
+        stashing += f" to {optimizer / 1e9:.1f} GB of the optimizer's state."
+    return [text, stashing]
 
 
 # --------------------------------------------------------------------------------------- main
