@@ -16,7 +16,8 @@ CONFIG and its flags are those of pipedream_lab.py, and two more:
     --timeout 60   seconds until the run ends when a process has died, hangs or is stopped
     --repeats 3    timed runs, after one to warm up; the results are those of the last
 Without effect: forward_time, backward_time, comm_time (time is real) and verbose. Not possible:
-weight_stashing False, and a device that is a single GPU (cuda:N, mps).
+weight_stashing False, recompute where a backward is split (zb-h1), and a device that is a single
+GPU (cuda:N, mps).
 
 A rank is the number of a process. gloo (CPU) and nccl (GPU) carry tensors between ranks. Read the
 first three rooms: stage, engine, one process of many. The others serve them: the proof, the clock,
@@ -55,6 +56,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as engines
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.checkpoint import checkpoint
 
 import pipedream_lab as lab
 from pipedream_lab import Plan, now
@@ -92,6 +94,7 @@ class VersionedStage(PipelineStage):
     pins        batch -> the version that it reads here. Unless this is known from the start, the
                 first forward of the batch pins the newest version that exists (weight stashing)
     gradient    of the weights, summed over the microbatches of the batch so far
+    velocity    with momentum: the last update
     siblings    the stages of this rank, this one included: they update together
     done        what this rank has done, in order, and the version that each op read: the tensors
                 tell which, not the pins
@@ -102,19 +105,21 @@ class VersionedStage(PipelineStage):
         self.plan, self.siblings, self.done = plan, siblings, done
         self.num_microbatches = plan.config["num_microbatches"]
         size = plan.config["batch_size"] // self.num_microbatches
-        module = build_stages(plan.config)[stage].to(device)
-        matrices = [w for w in module.parameters() if w.dim() == 2]  # (out, in)
-        width_in, width_out = matrices[0].shape[1], matrices[-1].shape[0]
-        # Tell the engine what comes in and goes out, or it runs an extra forward to find out.
-        x = torch.empty(size, width_in, device=device, requires_grad=stage > 0)
-        output = torch.empty(size, width_out, device=device, requires_grad=True)
+        # Tell the engine what comes in and goes out, or it runs an extra forward to find out. On
+        # meta, where tensors have shapes but no values, that costs next to nothing.
+        modules, ends = build_stages(plan.config), [torch.empty(size, 64, device="meta")]
+        for module in copy.deepcopy(modules):
+            ends.append(module.to("meta")(ends[-1]))
+        x, output = (torch.empty_like(end, device=device) for end in ends[stage : stage + 2])
+        x.requires_grad_(stage > 0), output.requires_grad_()
+        module = modules[stage].to(device)
         super().__init__(module, stage, plan.config["num_stages"], device, x, output)
 
     def restart(self) -> None:
         """Back to version 0, as if nothing had happened."""
         self.submod = build_stages(self.plan.config)[self.stage_index].to(self.device)
         self.versions: dict[int, nn.Module] = {0: self.submod}
-        self.pins, self.gradient = given_pins(self.plan), Weights()
+        self.pins, self.gradient, self.velocity = given_pins(self.plan), Weights(), Weights()
         self.first_microbatch, self.num_backwards, self.peak_versions = 0, 0, 0
         self.in_memory: weakref.WeakSet = weakref.WeakSet()  # storages, one per version
 
@@ -122,6 +127,8 @@ class VersionedStage(PipelineStage):
         """Give the engine the weights that its next op has to read."""
         batch = (self.first_microbatch + chunk) // self.num_microbatches
         self.submod = self.versions[self.pins.setdefault(batch, max(self.versions))]
+        if self.plan.config["recompute"]:
+            self.submod = Recomputed(self.submod)
 
     # The engine calls these. It calls a microbatch a chunk; full_backward is False where a schedule
     # has the two halves of a backward, I and W, as zb-h1 does.
@@ -179,11 +186,17 @@ class VersionedStage(PipelineStage):
 
     @torch.no_grad()
     def update(self, chunk: int) -> None:
-        """W(v+1) = W(v) - learning_rate * (all gradients of the batch). Drop unneeded versions."""
-        newest = max(self.versions)
+        """W(v+1) = W(v) - learning_rate * (all gradients of the batch). Drop unneeded versions.
+
+        With momentum the step is u = momentum * u + gradients.
+        """
+        newest, momentum = max(self.versions), self.plan.config["momentum"]
         self.submod = copy.deepcopy(self.versions[newest])
         for name, w in self.submod.named_parameters():
-            w.sub_(self.gradient.pop(name), alpha=self.plan.config["learning_rate"])
+            step = self.gradient.pop(name)
+            if momentum:
+                step = self.velocity[name] = step + momentum * self.velocity.get(name, 0)
+            w.sub_(step, alpha=self.plan.config["learning_rate"])
         self.num_backwards = 0
         del self.pins[(self.first_microbatch + chunk) // self.num_microbatches]
         kept = {v: module for v, module in self.versions.items() if v in self.pins.values()}
@@ -196,6 +209,20 @@ class VersionedStage(PipelineStage):
         firsts = (next(module.parameters()) for module in self.versions.values())
         self.in_memory.update(w.untyped_storage() for w in firsts)
         self.peak_versions = max(self.peak_versions, len(self.in_memory))
+
+
+class Recomputed(nn.Module):
+    """The same module, which keeps only its input, and runs again when a backward needs the rest.
+
+    PyTorch's checkpoint does that, on the version that the forward read: the graph holds it.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.module, x, use_reentrant=False, preserve_rng_state=False)
 
 
 # ------------------------------------------------------------------------------------- engine
@@ -284,7 +311,8 @@ def run_rank(plan: Plan, device: torch.device, num_runs: int = 1) -> Report:
     batches = [losses[k : k + size] for k in range(0, len(losses), size)]
     ends = {}
     for stage in stages:
-        weights = {name: w.detach().cpu() for name, w in stage.submod.named_parameters()}
+        last = stage.versions[max(stage.versions)]
+        weights = {name: w.detach().cpu() for name, w in last.named_parameters()}
         ends[stage.stage_index] = weights, stage.peak_versions
     return Report(done, [*map(sum, batches)], ends, seconds)
 
@@ -405,7 +433,8 @@ def format_clock(reports: list[Report], plan: Plan, device: torch.device) -> str
     cores = num_cores() if device.type == "cpu" else num_ranks
     if cores < num_ranks:
         lines.append(f"   {ranks} share {count(cores, 'core')}: the speed-up is {cores}x at most.")
-    if real > 2 * max(simulated, one_by_one / cores) and config["hidden_size"] < 1024:
+    small = config["hidden_size"] < 1024 and config["network"] == "residual"
+    if real > 2 * max(simulated, one_by_one / cores) and small:
         lines.append("   Ops this small hide a speed-up: try --hidden_size 1024 --batch_size 1024")
     return "\n".join(lines)
 
@@ -531,6 +560,9 @@ def checked_plan(config: dict) -> Plan:
     check_engine()
     plan = lab.make_plan(config)
     ops = (op for row in plan.schedule for op in row)
+    if config["recompute"] and any(op.kind == "I" for row in plan.schedule for op in row):
+        why = "PyTorch's checkpoint would run the forward again for I, and once more for W"
+        raise UserError(f"recompute=True is not possible with {plan.name}: {why}")
     forwards = [op for op in ops if op.kind == "F" and op.stage == plan.config["num_stages"] - 1]
     for before, op in itertools.pairwise(forwards):
         if before.microbatch > op.microbatch:  # PyTorch numbers the losses in the order they come

@@ -180,18 +180,30 @@ CELL = re.compile(r"([0-9]{1,6})([FBIW])([0-9]{1,6})")
 OVERLAPPED = re.compile(r"\((.+);(.+)\)OVERLAP_F_B")  # two ops at once: here one after the other
 
 
-def read_csv(path: Path) -> list[list[Step]]:
-    """The rows of one batch in a CSV file. UserError: what is wrong with the file, and where."""
+def read_text(path: Path) -> str:
+    """What is in a file. UserError: why it cannot be read."""
     name = str(path)[-200:]
     try:
         if not path.is_file():
             raise UserError(f"cannot read {name}: missing, or not a regular file")
-        text = path.read_bytes().decode().removeprefix("\ufeff")
-        lines = [*csv.reader(io.StringIO(text, newline=""))]
+        return path.read_bytes().decode().removeprefix("\ufeff")
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{name} is not a CSV file: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not a text file: {error}") from None
+
+
+def read_cells(text: str, path: Path) -> list[list[str]]:
+    """The lines of a CSV file, each a list of its cells."""
+    try:
+        return [*csv.reader(io.StringIO(text, newline=""))]
+    except csv.Error as error:
+        raise UserError(f"{str(path)[-200:]} is not a CSV file: {error}") from None
+
+
+def read_csv(path: Path) -> list[list[Step]]:
+    """The rows of one batch in a CSV file. UserError: what is wrong with the file, and where."""
+    name, lines = str(path)[-200:], read_cells(read_text(path), path)
     rows = []
     for number, line in enumerate(lines, start=1):
         row: list[Step] = []
@@ -447,7 +459,8 @@ def train_plan(plan: Plan, dtype: torch.dtype = torch.float32, watch=None) -> Ru
 def plain_training(config: dict, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """The same network and batches without a pipeline: SGD that adds up microbatch gradients."""
     network = nn.Sequential(*build_stages(config)).to(choose_device(config["device"]), dtype)
-    optimizer = torch.optim.SGD(network.parameters(), lr=config["learning_rate"])
+    rates = {"lr": config["learning_rate"], "momentum": config["momentum"]}
+    optimizer = torch.optim.SGD(network.parameters(), **rates)
     for number, (x, y) in enumerate(split_batches(config, dtype), start=1):
         (cross_entropy(network(x), y) / config["num_microbatches"]).backward()
         if number % config["num_microbatches"] == 0:
@@ -462,6 +475,7 @@ class Bytes(NamedTuple):
     weights: int  # of all versions that exist
     activations: int  # kept for the backwards to come; with gradients kept by I for W
     gradients: int  # of the weights, for the batch so far
+    velocities: int = 0  # of the weights, with momentum
 
 
 class MeteredWorker(SplitWorker):
@@ -473,6 +487,8 @@ class MeteredWorker(SplitWorker):
 
 class MemoryMeter:
     """Counts bytes that exist: after every op, the storages of each GPU that are still alive.
+
+    With recompute it also counts between a forward's second run and the backward.
 
     A storage counts until the last tensor that uses it is gone, whoever holds that. PyTorch's hooks
     tell about tensors that autograd saves for a backward.
@@ -495,14 +511,16 @@ class MemoryMeter:
     def __call__(self, op: Op, worker: Worker) -> None:
         assert isinstance(worker, SplitWorker)
         device = self.device_of[op.stage]
-        weights, activations, gradients = self.alive[device]
+        weights, activations, gradients, velocities = self.alive[device]
         for version in worker.versions.values():
             weights.update(map(Tensor.untyped_storage, version.values()))
         gradients.update(map(Tensor.untyped_storage, worker.gradient.values()))
+        velocities.update(map(Tensor.untyped_storage, worker.velocity.values()))
         for x, output, _ in worker.in_flight.values():
-            activations.update([x.untyped_storage(), output.untyped_storage()])
-        for _, kept in worker.kept.values():
-            activations.update(arrived.untyped_storage() for _, arrived, _ in kept)
+            kept = [x] if output is None else [x, output]
+            activations.update(map(Tensor.untyped_storage, kept))
+        for _, entries in worker.kept.values():
+            activations.update(arrived.untyped_storage() for _, arrived, _ in entries)
         activations |= self.saved
         activations -= weights  # a Linear saves its weights, too
         self.saved.clear()
@@ -511,11 +529,12 @@ class MemoryMeter:
 
 
 def memory_formula(plan: Plan) -> list[Bytes]:
-    """What the meter should find, from rows and shapes alone, in float32.
+    """What the meter should find, from rows and shapes alone, in float32, in the residual network.
 
     A Linear saves its input, tanh its output, and the loss its log-probabilities, its labels and
     the sum of their weights. Between I and W the graph stays up to the last Linear, with a gradient
-    for the output of each.
+    for the output of each. With recompute a forward saves its input, and R, its second run, the
+    rest.
     """
     images = plan.config["batch_size"] // plan.config["num_microbatches"]
     stages = [[*stage.children()] for stage in build_stages(plan.config)]
@@ -528,13 +547,16 @@ def memory_formula(plan: Plan) -> list[Bytes]:
         by_f = 4 * images * (numbers + outputs[-1])
         by_f += (8 * images + 4 + 4) * (layers is stages[-1])
         by_i = 4 * images * (numbers - tanhs[-1] + sum(outputs))
-        changes.append({"F": by_f, "B": -by_f, "I": by_i - by_f, "W": -by_i, "U": 0})
+        x = 4 * images * inputs[0] if plan.config["recompute"] else by_f
+        of_kind = {"F": [x], "B": [by_f - x, -by_f], "I": [by_f - x, by_i - by_f]}
+        changes.append({**of_kind, "W": [-by_i], "U": [0]})
         weights.append(4 * sum(w.weight.numel() + w.bias.numel() for w in linears))
     peaks = []
     for row, versions in zip(plan.schedule, peak_versions(plan.schedule), strict=True):
         one = sum(weights[stage] for stage in {op.stage for op in row})
-        held = itertools.accumulate(changes[op.stage][op.kind] for op in row)
-        peaks.append(Bytes(one * versions, max(held), one))
+        held = itertools.accumulate(c for op in row for c in changes[op.stage][op.kind])
+        velocities = one if plan.config["momentum"] else 0
+        peaks.append(Bytes(one * versions, max(held), one, velocities))
     return peaks
 
 
@@ -543,9 +565,9 @@ def memory_formula(plan: Plan) -> list[Bytes]:
 COMPARE_LEGEND = """\
    From GPU0 to the last, each at its peak: microbatches in flight (interleaved:
    each on one chunk of the GPU), weight versions kept, and updates missed
-   (stale). KiB: bytes that exist, counted; in all: activations, weights and
-   their gradients. loss: of the last batch. to SGD: the largest difference of
-   a weight from plain training without a pipeline, in float64."""
+   (stale). KiB: bytes that exist, counted; in all: activations, weights, their
+   gradients and velocities. loss: of the last batch. to SGD: the largest
+   difference of a weight from plain training without a pipeline, in float64."""
 
 
 def compare(config: dict, out: Path = Path()) -> None:
@@ -574,10 +596,12 @@ def compare(config: dict, out: Path = Path()) -> None:
         activations = [f"{held.activations / 1024:,.0f}" for held in meter.peak]
         in_all = [f"{sum(held) / 1024:,.0f}" for held in meter.peak]
         measured.append([plan.name, *cells, format_per_gpu(activations), format_per_gpu(in_all)])
-        agree += map(Bytes.__eq__, meter.peak, memory_formula(plan))
+        if config["network"] == "residual":
+            agree += map(Bytes.__eq__, meter.peak, memory_formula(plan))
     print("\n".join(["Simulated:", *format_table(simulated), "", "Trained and measured:"]))
     print("\n".join([*format_table(measured), *reasons, COMPARE_LEGEND]))
-    print(f"   Memory is as memory_formula predicts on {sum(agree)} of {len(agree)} GPUs.")
+    if agree:
+        print(f"   Memory is as memory_formula predicts on {sum(agree)} of {len(agree)} GPUs.")
     print(f"\n{out / 'schedules.png'}: {figure.texts[0].get_text()}")
 
 
@@ -999,12 +1023,17 @@ def uneven_layers(config: dict) -> list[nn.Module]:
 
 
 def balance(config: dict) -> None:
-    """Measure the layers of a network whose layers differ; cut it evenly, and by their cost."""
+    """Measure the layers of a network whose layers differ; cut it evenly, and by their cost.
+
+    That network is one of Linear layers, the later the narrower; or CONFIG's transformer.
+    """
     plan = make_plan(config)
     num_stages = plan.config["num_stages"]
     if len(plan.schedule) != num_stages:
         raise UserError(f"{plan.name}: a GPU holds several stages, but balance cuts one for each")
-    forward, backward = measure_stages(plan.config, uneven_layers(plan.config))
+    layers = [layer for stage in build_stages(plan.config) for layer in stage.children()]
+    layers = layers if config["network"] == "transformer" else uneven_layers(plan.config)
+    forward, backward = measure_stages(plan.config, layers)
     costs = [f + b for f, b in zip(forward, backward, strict=True)]
     print(f"{count(len(costs), 'layer')}, ms:", format_per_gpu([f"{c:.3f}" for c in costs], 10))
     table = [["cut", "layers", "ms of each stage", "ms per batch", "busy", "speed-up"]]
@@ -1065,17 +1094,24 @@ def parse_lab_config(
     return config, flags
 
 
-def main() -> None:
+def choose_command(doc: str | None, commands: dict) -> str | None:
+    """Which of the commands the command line names. None: it asks for help, which is printed."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(__doc__)
-        return
-    if name not in COMMANDS:
-        hint = nearest(name, COMMANDS) or f": it must be one of {', '.join(COMMANDS)}"
+        print(doc)
+        return None
+    if name not in commands:
+        hint = nearest(name, commands) or f": it must be one of {', '.join(commands)}"
         raise UserError(f"unknown command {shown(name)}{hint}")
-    command, other = COMMANDS[name]
-    config, flags = parse_lab_config(command.__doc__, sys.argv[2:], other=other)
-    command(config, **flags)
+    return name
+
+
+def main() -> None:
+    name = choose_command(__doc__, COMMANDS)
+    if name:
+        command, other = COMMANDS[name]
+        config, flags = parse_lab_config(command.__doc__, sys.argv[2:], other=other)
+        command(config, **flags)
 
 
 if __name__ == "__main__":

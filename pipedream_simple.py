@@ -34,9 +34,10 @@ import shutil
 import signal
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
@@ -58,11 +59,14 @@ CONFIG = {
     "batch_size": 32,  # images in a batch: a multiple of num_microbatches
     "num_batches": 5,  # batches to train on, one weight update each. Try 200
     "learning_rate": 0.15,  # size of an update: the more staleness, the smaller it has to be
+    "momentum": 0,  # 0.9: an update also repeats nine tenths of the one before it
     "seed": 0,  # same seed, same weights and same batches, to the bit
     "device": "auto",  # auto (a GPU if there is one), cpu, cuda, cuda:1 or mps
+    "network": "residual",  # or transformer: each image as 64 tokens, attention between them
     "schedule": "pipedream",  # naive, gpipe, 1f1b or pipedream
     "weight_stashing": True,  # False: a backward may meet newer weights than its forward did
     "vertical_sync": False,  # True: every stage uses the version that stage 0 used (pipedream)
+    "recompute": False,  # True: keep inputs only, and run each forward again before its backward
     "forward_time": 1,  # simulated time of a microbatch's forward; or one per stage: 1,1,2,1
     "backward_time": 1,  # time of its backward: 2 is closer to the truth (two matrix products)
     "comm_time": 0,  # time to send a result to the neighboring GPU; or one per stage
@@ -88,9 +92,7 @@ class Op(NamedTuple):
 
     stage: int
     kind: str  # F forward, B backward, U weight update (the lab splits B into two halves, I and W)
-    microbatch: (
-        int  # numbered through the run: batch b has b*M to (b+1)*M - 1. Of a U: the last one
-    )
+    microbatch: int  # numbered through the run: batch b has b*M to (b+1)*M - 1; of a U, the last
     version: int  # of the weights it reads: version v has received v updates
 
     def __str__(self) -> str:
@@ -217,17 +219,16 @@ def pin_versions(
     schedule = []
     for row in map(list, rows):
         stages = sorted({stage for stage, _, _ in row})  # one, except in the lab's interleaved
-        newest, num_backwards, ops = 0, 0, []
+        left = Counter(m // num_microbatches for _, kind, m in row if kind in ("B", "W"))
+        newest, ops = 0, []
         for stage, kind, microbatch in row:
-            version = newest
+            version, batch = newest, microbatch // num_microbatches
             if weight_stashing:
-                pinned_by = (
-                    0 if vertical_sync else stage
-                )  # row 0 comes first, so stage 0 has pinned
-                version = pinned.setdefault((pinned_by, microbatch // num_microbatches), newest)
+                pinned_by = 0 if vertical_sync else stage  # row 0 comes first: stage 0 has pinned
+                version = pinned.setdefault((pinned_by, batch), newest)
             ops.append(Op(stage, kind, microbatch, version))
-            num_backwards += kind in ("B", "W")
-            if kind in ("B", "W") and num_backwards % (num_microbatches * len(stages)) == 0:
+            left[batch] -= kind in ("B", "W")
+            if kind in ("B", "W") and left[batch] == 0:
                 ops += [Op(s, "U", microbatch, newest) for s in stages]
                 newest += 1
         schedule.append(ops)
@@ -281,8 +282,9 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
     """When would the GPUs run these rows? The only place where time comes from.
 
     An op starts when its GPU is free and its input has arrived. Nothing here knows schedules or
-    bubbles: a GPU is idle while its next op waits. Updates take no time. Returns the events sorted
-    by start, each after the one it needs; ValueError if GPUs wait for each other.
+    bubbles: a GPU is idle while its next op waits. Updates take no time, unless the config has an
+    update_time. Returns the events sorted by start, each after the one it needs; ValueError if GPUs
+    wait for each other.
 
     >>> config = {**CONFIG, "num_stages": 2, "num_microbatches": 1, "num_batches": 1}
     >>> print(*(f"{e.op}@{e.start}-{e.end}" for e in simulate(build_schedule(config), config)))
@@ -292,13 +294,15 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
     duration: dict[str, list[float]] = {
         "F": per_stage(config, "forward_time"),
         "B": per_stage(config, "backward_time"),
-        "U": [0] * num_stages,
+        "U": per_stage({"update_time": 0, **config}, "update_time"),
     }
     duration["I"] = duration["W"] = [time / 2 for time in duration["B"]]
     comm_time = per_stage(config, "comm_time")
     todo = [row[::-1] for row in schedule]  # the next op is the last
     free_at: list[float] = [0 for _ in devices]
     done: dict[Step, tuple[int, float]] = {}  # -> (device, end)
+    copies = Counter(stage for row in schedule for stage in {op.stage for op in row})
+    met: dict[tuple[int, int], dict[int, float]] = {}  # (stage, version) -> {device: its arrival}
     events: list[Event] = []
     while any(todo):
         num_before = len(events)
@@ -314,7 +318,15 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
                     if sender != device:
                         arrival += comm_time[needed[0]]
                     start = max(now, arrival)  # the wait, if any, is bubble
+                if op.kind == "U" and copies[op.stage] > 1:  # the planner's replicas of a stage
+                    arrivals = met.setdefault((op.stage, op.version), {})
+                    arrivals[device] = now
+                    if len(arrivals) < copies[op.stage]:
+                        break
+                    start = max(arrivals.values())  # they update together
                 now = start + duration[op.kind][op.stage]
+                if config["recompute"] and op.kind in ("B", "I"):
+                    now += duration["F"][op.stage]  # its forward again
                 events.append(Event(op, device, start, now))
                 done[result_of(op)] = device, now
                 row.pop()
@@ -323,6 +335,8 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
             heads = [(d, input_of(row[-1], num_stages)) for d, row in enumerate(todo) if row]
             waits = (f"GPU{device} waits for {Op(*step, 0)}" for device, step in heads if step)
             raise ValueError("deadlock: " + ", ".join(waits))
+    if met:
+        events.sort(key=lambda event: event.op.kind != "U")  # before what reads their result
     events.sort(key=lambda event: event.start)  # stable: an op stays behind the one it needs
     return events
 
@@ -358,6 +372,12 @@ class Residual(nn.Module):
         return x + self.scale * torch.tanh(self.linear(x))
 
 
+def residual_network(size: int, depth: int) -> list[nn.Module]:
+    between = [Residual(size, scale=2 / math.sqrt(depth)) for _ in range(depth - 2)]
+    ends = [nn.Linear(64, size), nn.Linear(size, 10)] if depth > 1 else [nn.Linear(64, 10)]
+    return [*ends[:1], *between, *ends[1:]]
+
+
 def build_stages(config: dict) -> list[nn.Module]:
     """One ordinary network, cut into num_stages slices of layers_per_stage layers.
 
@@ -368,9 +388,7 @@ def build_stages(config: dict) -> list[nn.Module]:
     depth = config["num_stages"] * num_layers
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers alone
         torch.manual_seed(config["seed"])
-        between = [Residual(size, scale=2 / math.sqrt(depth)) for _ in range(depth - 2)]
-        ends = [nn.Linear(64, size), nn.Linear(size, 10)] if depth > 1 else [nn.Linear(64, 10)]
-    layers = [*ends[:1], *between, *ends[1:]]
+        layers = NETWORKS[config["network"]](size, depth)
     return [nn.Sequential(*layers[cut : cut + num_layers]) for cut in range(0, depth, num_layers)]
 
 
@@ -383,20 +401,23 @@ class Worker:
     """What one GPU does. It knows no schedule: it runs whatever op it is given.
 
     versions    the weight versions that this stage still needs, by number
-    in_flight   for each microbatch whose backward is still to come: its input, its output, and the
-                weights that turned one into the other. That is the stash. It copies nothing: an
-                update makes new tensors, and the old ones live while something refers to them.
+    in_flight   for each microbatch whose backward is still to come: its input, its output (with the
+                graph between them; recompute: neither), and the weights that turned one into the
+                other. That is the stash. It copies nothing: an update makes new tensors, and the
+                old ones live while something refers to them.
     gradient    of the weights, summed over the microbatches of the batch so far
+    velocity    with momentum: the last update. One per stage: weights are stashed, this is not
     losses      per batch, filled in on the last stage
     """
 
     def __init__(self, module: nn.Module, config: dict):
         self.versions: dict[int, Weights] = {0: dict(module.named_parameters())}
         self.module = module.to("meta")  # it keeps shapes but no weights: every call brings them
-        self.in_flight: dict[int, tuple[Tensor, Tensor, Weights]] = {}
-        self.gradient: Weights = {}
+        self.in_flight: dict[int, tuple[Tensor, Any, Weights]] = {}
+        self.gradient, self.velocity = Weights(), Weights()
         self.losses = [0.0] * config["num_batches"]
-        self.learning_rate = config["learning_rate"]
+        self.learning_rate, self.momentum = config["learning_rate"], config["momentum"]
+        self.recompute = config["recompute"]
         self.num_microbatches = config["num_microbatches"]
         self.stashing = config["weight_stashing"]
 
@@ -404,15 +425,19 @@ class Worker:
         """Run the stage on weight version op.version. The last one gets labels, and adds the loss.
 
         A microbatch's loss is divided by M, so that over a batch it adds up to the batch's mean.
+        With recompute (GPipe, section 2.2) an F leaves no graph. An R is the forward again, right
+        before the backward and on the version that this reads, for the graph.
         """
-        weights = self.versions[op.version]
+        weights, keep_graph = self.versions[op.version], op.kind == "R" or not self.recompute
         # Autograd stops at x: what came before belongs to another GPU, or is the images.
         x = x.detach().requires_grad_(op.stage > 0)
-        output = functional_call(self.module, weights, (x,))
-        if labels is not None:
-            output = cross_entropy(output, labels) / self.num_microbatches
+        with torch.set_grad_enabled(keep_graph):
+            output = functional_call(self.module, weights, (x,))
+            if labels is not None:
+                output = cross_entropy(output, labels) / self.num_microbatches
+        if labels is not None and op.kind == "F":
             self.losses[op.microbatch // self.num_microbatches] += output.item()
-        self.in_flight[op.microbatch] = x, output, weights
+        self.in_flight[op.microbatch] = x, output if keep_graph else None, weights
         return output.detach()
 
     def backward(self, op: Op, output_gradient: Tensor | None) -> Tensor | None:
@@ -437,20 +462,22 @@ class Worker:
         """W(v+1) = W(v) - learning_rate * (all gradients of the batch, summed).
 
         W(v) is the newest version. The gradients may come from an older one, the version that the
-        batch read: that is staleness.
+        batch read: that is staleness. With momentum the step is u = momentum * u + gradients.
         """
-        weights = self.versions[op.version]
+        weights, step, self.gradient = self.versions[op.version], self.gradient, {}
+        if self.momentum:
+            u = self.velocity
+            step = self.velocity = {k: g + self.momentum * u.get(k, 0) for k, g in step.items()}
         if self.stashing:
             new = {}
             for name, w in weights.items():
-                step = torch.sub(w, self.gradient.pop(name), alpha=self.learning_rate)
-                new[name] = step.requires_grad_()
+                new[name] = torch.sub(w, step[name], alpha=self.learning_rate).requires_grad_()
             weights = new
         else:
             # In place, under the graphs of microbatches in flight. PyTorch refuses this bug
             # ("modified by an inplace operation"): .data is the way around its guard.
             for name, w in weights.items():
-                w.data.sub_(self.gradient.pop(name), alpha=self.learning_rate)
+                w.data.sub_(step[name], alpha=self.learning_rate)
         self.versions[op.version + 1] = weights
 
 
@@ -471,11 +498,11 @@ def train(
     dtype: torch.dtype = torch.float32,
     watch: Callable[[Op, Worker], None] | None = None,
     events: list[Event] | None = None,
-    worker_class: type[Worker] = Worker,
+    worker_class: Callable[[nn.Module, dict], Worker] = Worker,
 ) -> Run:
     """Run a schedule, by default that of config, on real tensors, in simulated order.
 
-    watch(op, worker) is called after every op. ValueError for a bad config.
+    watch(op, worker) is called after every op, an R included. ValueError for a bad config.
     """
     events = events or simulate(build_schedule(config), config)
     last_reader = {(op.stage, op.version): op for op, *_ in events}  # the last of equal keys
@@ -489,10 +516,15 @@ def train(
 
     for op, *_ in events:
         worker, needed = workers[op.stage], input_of(op, config["num_stages"])
+        labels = microbatches[op.microbatch][1] if op.stage == last_stage else None
+        if config["recompute"] and op.kind in ("B", "I"):
+            again = op._replace(kind="R")
+            worker.forward(again, worker.in_flight[op.microbatch][0], labels)
+            if watch:
+                watch(again, worker)
         if op.kind == "F":
-            images, labels = microbatches[op.microbatch]
-            x = sent.pop(needed) if needed else images
-            result = worker.forward(op, x, labels if op.stage == last_stage else None)
+            x = sent.pop(needed) if needed else microbatches[op.microbatch][0]
+            result = worker.forward(op, x, labels)
             if op.stage < last_stage:
                 sent[result_of(op)] = result
         elif op.kind == "U":
@@ -519,14 +551,49 @@ def train(
 # ======================== the story ends here; the rest serves it ==========================
 
 
+# ---------------------------------------------------------------------------- another network
+
+NUM_HEADS = 4
+
+
+class Embedding(nn.Module):
+    """A vector for the grey value of a pixel, 0 to 16, plus one for its place in the image."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.value, self.place = nn.Embedding(17, size), nn.Embedding(64, size)
+
+    def forward(self, x: Tensor) -> Tensor:  # (microbatch_size, 64) in, one token per pixel out
+        return self.value(x.long()) + self.place.weight
+
+
+def transformer(size: int, depth: int) -> list[nn.Module]:
+    """Layers of attention and MLP. The first one also embeds, and the last one has the head."""
+    layers: list[nn.Module] = [
+        nn.TransformerEncoderLayer(size, NUM_HEADS, size, 0.0, batch_first=True, norm_first=True)
+        for _ in range(depth)
+    ]
+    norm = nn.LayerNorm(size)
+    nn.init.constant_(norm.weight, 1 / 8)  # or SGD diverges: all 64 tokens go into each logit
+    layers[0] = nn.Sequential(Embedding(size), layers[0])
+    layers[-1] = nn.Sequential(layers[-1], norm, nn.Flatten(), nn.Linear(64 * size, 10))
+    return layers
+
+
+NETWORKS = {"residual": residual_network, "transformer": transformer}
+
 # --------------------------------------------------------------------------------------- data
 
 
-def load_digits(generator: torch.Generator) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+Images = tuple[Tensor, Tensor]  # x (n, 64) and y (n,)
+
+
+def load_digits(generator: torch.Generator, network: str = "residual") -> tuple[Images, Images]:
     """The 1,797 handwritten digits of digits.npz, shuffled: (x, y) to train on, (x, y) held out.
 
-    x is (n, 64) float, every pixel with mean 0 and a spread of about 1 over the training part;
-    y is (n,) int64, 0 to 9. A fifth is held out for the test accuracy. UserError: a bad file.
+    x is (n, 64) float, every pixel with mean 0 and a spread of about 1 over the training part; for
+    the transformer it is the grey values, 0 to 16. y is (n,) int64, 0 to 9. A fifth is held out for
+    the test accuracy. UserError: a bad file.
     """
     path = Path(__file__).resolve().with_name("digits.npz")
     if not path.is_file():
@@ -546,14 +613,14 @@ def load_digits(generator: torch.Generator) -> tuple[tuple[Tensor, Tensor], tupl
     order = torch.randperm(len(y), generator=generator)
     test, train = order.split([len(y) // 5, len(y) - len(y) // 5])
     mean, spread = x[train].mean(0), x[train].std(0) + 0.1  # some corner pixels are always blank
-    x = (x - mean) / spread
+    x = 16 * x if network == "transformer" else (x - mean) / spread
     return (x[train], y[train]), (x[test], y[test])
 
 
 def make_batches(config: dict) -> list[tuple[Tensor, Tensor]]:
     """num_batches pairs of x (batch_size, 64) and y (batch_size,), epoch after shuffled epoch."""
     generator = torch.Generator().manual_seed(config["seed"])
-    (x, y), _ = load_digits(generator)
+    (x, y), _ = load_digits(generator, config["network"])
     num_images = config["batch_size"] * config["num_batches"]
     epochs = range(math.ceil(num_images / len(y)))
     order = torch.cat([torch.randperm(len(y), generator=generator) for _ in epochs])
@@ -707,7 +774,7 @@ def variant_of(config: dict) -> str:
 @torch.no_grad()
 def accuracy(stages: list[nn.Module], weights: list[Weights], config: dict) -> float:
     """The share of the held-out images, 0 to 1, that the network gets right; nan if it diverged."""
-    _, (x, y) = load_digits(torch.Generator().manual_seed(config["seed"]))
+    _, (x, y) = load_digits(torch.Generator().manual_seed(config["seed"]), config["network"])
     x = x.to(next(iter(weights[0].values())))
     for stage, stage_weights in zip(stages, weights, strict=True):
         x = functional_call(stage, stage_weights, (x,))
@@ -718,8 +785,9 @@ class Audit:
     """What did each op really use? Give this to train as watch: the tensors tell, not the schedule.
 
     A forward used the weights at the leaves of the graph that it left; its backward used the same
-    tensors, with what was in them by then. With gradients, each gradient is also compared with the
-    true one: backpropagation through the network on copies of the weights that the forwards read.
+    tensors, with what was in them by then. (With recompute a forward leaves no graph, but names its
+    weights; the graph is that of its second run.) With gradients, each gradient is also compared
+    with the true one: backpropagation on copies of the weights that the forwards read.
 
     read            (stage, kind, microbatch) -> version, of all but U; -1 if it is no longer kept
     newest_then     (stage, microbatch) -> the newest version of the stage when the backward ran
@@ -745,10 +813,12 @@ class Audit:
             versions = sorted(worker.versions.items())
             self.version_of[stage] = {id(w): v for v, ws in versions for w in ws.values()}
             self.newest[stage] = max(worker.versions)
-        if kind == "F":
-            leaves = {id(leaf) for leaf in leaves_of(worker.in_flight[microbatch][1])}
+        if kind in ("F", "R"):
+            _, output, weights = worker.in_flight[microbatch]
+            tensors = weights.values() if output is None else leaves_of(output)
+            leaves = {id(tensor) for tensor in tensors}
             self.used[stage, microbatch] = leaves & self.version_of[stage].keys()
-        if kind != "U":
+        if kind not in ("R", "U"):
             used = self.used[stage, microbatch]
             (self.read[op[:3]],) = {self.version_of[stage].get(tensor, -1) for tensor in used}
         if kind == "B":
@@ -913,6 +983,7 @@ def format_banner(config: dict, runs: Runs) -> str:
     on_cpu = choose_device(config["device"]).type == "cpu"
     num_weights = sum(w.numel() for stage in build_stages(config) for w in stage.parameters())
     name, keeps = schedule_name(config)
+    network = "transformer, " if config["network"] == "transformer" else ""
     serial = num_stages == 1 or config["schedule"] == "naive"
     parallel = "One GPU would work at a time" if serial else f"All {gpus} would work in parallel"
     return f"""\
@@ -923,7 +994,7 @@ def format_banner(config: dict, runs: Runs) -> str:
 Pipeline stages: {num_stages} (would be {gpus} in real setup)
 Microbatches: {config["num_microbatches"]}
 Schedule: {config["schedule"]} ({keeps})
-Network: {num_stages} x {layers}, {num_weights:,} weights
+Network: {network}{num_stages} x {layers}, {num_weights:,} weights
 
 💡 In real {name}:
    - Each stage would be on a separate GPU
@@ -1071,9 +1142,10 @@ RULES: dict[str, tuple] = {  # key -> (type, least, most); a list is one number,
     **dict.fromkeys(("num_stages", "num_microbatches", "layers_per_stage", "hidden_size"), COUNT),
     **dict.fromkeys(("batch_size", "num_batches"), COUNT),
     "learning_rate": (float, 1e-30, 1e30),
+    "momentum": (float, 0, 1),
     "seed": (int, 0, 2**63 - 1),
-    **dict.fromkeys(("device", "schedule"), (str,)),
-    **dict.fromkeys(("weight_stashing", "vertical_sync", "verbose"), SWITCH),
+    **dict.fromkeys(("device", "network", "schedule"), (str,)),
+    **dict.fromkeys(("weight_stashing", "vertical_sync", "recompute", "verbose"), SWITCH),
     **dict.fromkeys(("forward_time", "backward_time"), TIME),
     "comm_time": (list, 0, 1e12),
 }
@@ -1116,7 +1188,7 @@ def shown(value: object) -> str:
 def per_stage(config: dict, key: str) -> list[float]:
     """A time for each stage, from one for all or a list. UserError for a time that cannot be."""
     times, num_stages = config[key], config["num_stages"]
-    check_value(key, times, RULES[key])
+    check_value(key, times, RULES.get(key, RULES["comm_time"]))
     if isinstance(times, list) and len(times) != num_stages:
         raise UserError(f"{key}={shown(times)} must have num_stages={num_stages} entries")
     return times if isinstance(times, list) else [times] * num_stages
@@ -1135,9 +1207,12 @@ def check_config(config: dict, schedules: Iterable[str] = (), rules: dict | None
             raise UserError(f"CONFIG has no {key!r}: every key needs a value")
         check_value(key, config[key], rule)
     check_device(config["device"])
-    if config["schedule"] not in schedules:
-        choices = ", ".join(schedules)
-        raise UserError(f"schedule={shown(config['schedule'])} must be one of {choices}")
+    for key, choices in (("network", NETWORKS), ("schedule", schedules)):
+        if config[key] not in choices:
+            raise UserError(f"{key}={shown(config[key])} must be one of {', '.join(choices)}")
+    if config["network"] == "transformer" and config["hidden_size"] % NUM_HEADS:
+        multiple = f"a multiple of {NUM_HEADS} for the transformer, which has {NUM_HEADS} heads"
+        raise UserError(f"hidden_size={config['hidden_size']} must be {multiple}")
     times = [per_stage(config, key) for key in ("forward_time", "backward_time", "comm_time")]
     if max(map(max, times)) > MOST_UNEQUAL * min(map(min, times[:2])):
         what = "forward_time, backward_time and comm_time differ too much"
@@ -1146,6 +1221,8 @@ def check_config(config: dict, schedules: Iterable[str] = (), rules: dict | None
         raise UserError("vertical_sync=True needs weight_stashing=True: it reads stashed versions")
     for product, most in LIMITS.items():
         number = math.prod(config[key] for key in product.split(" * "))
+        if config["network"] == "transformer" and "hidden_size" in product:
+            most //= 6  # a layer has six times the weights
         if number > most:
             raise UserError(f"{product} is {number:,}: at most {most:,} fit")
     batch_size, num_microbatches = config["batch_size"], config["num_microbatches"]
@@ -1202,9 +1279,10 @@ def parse_config(
         check_config(config)  # says so
     source = Path(__file__).read_text("utf-8", "replace")
     block = re.search(r"\nCONFIG = \{.*?\n\}", source, re.S)
+    keys = f"Every key of CONFIG is also a flag: --num_stages 8.\n{block[0] if block else ''}"
     parser = argparse.ArgumentParser(
         description=doc,
-        epilog=f"Every key of CONFIG is also a flag: --num_stages 8.\n{block[0] if block else ''}",
+        epilog=keys if "seed" in config else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ import pipedream_lab
 import pipedream_simple
 from pipedream_distributed import (
     LOST,
+    Recomputed,
     Report,
     difference,
     explain,
@@ -47,6 +49,7 @@ ZBV = """\
 1F0,2F0,1F1,2F1,2I0,1I0,2W0,2I1,1I1,1W0,2W1,1W1
 """
 
+TRANSFORMER = {"network": "transformer", "layers_per_stage": 2, "num_batches": 3}
 TWO = {  # name -> (settings, delay of a stage in updates)
     "naive": ({"schedule": "naive"}, lambda s: 0),
     "gpipe": ({"schedule": "gpipe"}, lambda s: 0),
@@ -58,7 +61,13 @@ TWO = {  # name -> (settings, delay of a stage in updates)
     "pipedream": ({}, lambda s: 1 - s),
     "pipedream, one microbatch": ({"num_microbatches": 1}, lambda s: 1 - s),
     "vertical sync": ({"num_microbatches": 2, "vertical_sync": True}, lambda s: 1),
-}
+    "momentum": ({"momentum": 0.9, "learning_rate": 0.05}, lambda s: 1 - s),
+    "recompute": ({"recompute": True, "num_microbatches": 1}, lambda s: 1 - s),
+    "transformer": (
+        {**TRANSFORMER, "recompute": True, "momentum": 0.5}, lambda s: 1 - s,
+    ),
+    "transformer, zb-h1": ({**TRANSFORMER, "schedule": "zb-h1"}, lambda s: 0),
+}  # fmt: skip
 FOUR = {
     "1f1b": ({"schedule": "1f1b", "num_microbatches": 2}, lambda s: 0),
     "interleaved": ({"schedule": "interleaved", "chunks_per_gpu": 2}, lambda s: 0),
@@ -254,6 +263,20 @@ def test_the_proof_fails_where_nothing_was_trained_however_small_the_steps():
     assert prove([report], plan, CPU)[0]
     untrained = report._replace(stages={0: (at_start[0], 1)})
     assert not prove([untrained], plan, CPU)[0]
+
+
+def test_recomputed_keeps_its_input_alone_until_the_backward():
+    torch.manual_seed(0)
+    kept, runs = [], []
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+    layers.register_forward_pre_hook(lambda module, x: runs.append(module))
+    layers.register_forward_hook(lambda module, x, y: kept.append(weakref.ref(y.untyped_storage())))
+    x = torch.randn(3, 4, requires_grad=True)
+    output = Recomputed(layers)(x).sum()  # a tanh would save its output
+    assert [storage() for storage in kept] == [None]
+    (gradient,) = torch.autograd.grad(output, x)
+    assert len(runs) == 2
+    assert torch.equal(gradient, torch.autograd.grad(layers(x).sum(), x)[0])
 
 
 def test_rounding_is_no_fault_and_is_told(results):
@@ -670,6 +693,10 @@ def rank(number, world_size):
     [
         (["--num_microbatches", "5"], "batch_size=32 cannot be split evenly"),
         (["--weight_stashing", "False"], "only for the simulation"),
+        (
+            ["--recompute", "True", "--schedule", "zb-h1"],
+            "recompute=True is not possible",
+        ),
         (["--schedule", "dualpipe"], "schedule='dualpipe' must be one of"),
         (["--schedule", "no.csv"], "cannot read no.csv"),
         (["--schedule", "interleaved", "--num_microbatches", "2"], "must be a multiple"),

@@ -161,9 +161,43 @@ def test_interleaved_and_zb_h1_train_to_the_weights_of_plain_sgd(stages, count, 
         assert set(run.peak_versions) == {1}
 
 
+@pytest.mark.parametrize("schedule", LAB_SCHEDULES)
+@pytest.mark.parametrize(
+    "new",
+    [
+        {"momentum": 0.9, "learning_rate": 0.05},
+        {"recompute": True},
+        {"network": "transformer", "recompute": True, "momentum": 0.9, "learning_rate": 0.02},
+    ],
+    ids=str,
+)
+def test_so_they_do_with_momentum_recompute_and_a_transformer(schedule, new):
+    sizes = {"num_stages": 2, "num_microbatches": 4, "batch_size": 12, "layers_per_stage": 2}
+    plan = plan_of(schedule, 2, **sizes, **new)
+    run = same_as_plain_sgd(plan)
+    once = train_plan(plan._replace(config={**plan.config, "recompute": False}), torch.float64)
+    assert once.losses == run.losses
+    for ours, theirs in zip(run.weights, once.weights, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_with_recompute_a_backward_or_its_first_half_lasts_a_forward_longer():
+    f, b = [1, 2, 3, 4], [4, 6, 8, 10]
+    for schedule in ("gpipe", "zb-h1"):
+        plan = plan_of(schedule, forward_time=f, backward_time=b, recompute=True)
+        for op, _, start, end in plan.events:
+            s = op.stage
+            lasts = {"F": f[s], "B": f[s] + b[s], "I": f[s] + b[s] / 2, "W": b[s] / 2, "U": 0}
+            assert end - start == lasts[op.kind]
+    for name, turns in (("naive", 16), ("gpipe", 7), ("1f1b", 7)):  # f + f + b each
+        plan = plan_of(name, backward_time=2, num_batches=1, recompute=True)
+        assert makespan(plan.events) == turns * 4
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
 @pytest.mark.parametrize("microbatches", [1, 4])
-def test_plain_training_ends_on_the_weights_of_the_reference(microbatches):
-    config = {**SMALL, "num_microbatches": microbatches}
+def test_plain_training_ends_on_the_weights_of_the_reference(microbatches, momentum):
+    config = {**SMALL, "num_microbatches": microbatches, "momentum": momentum}
     _, weights = delayed_sgd(config, lambda stage: 0)
     for ours, plain in zip(plain_training(config, torch.float64), weights, strict=True):
         for name, w in ours.named_parameters():
@@ -517,6 +551,9 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
         {"num_stages": 1, "layers_per_stage": 1, "chunks_per_gpu": 1},
         {"num_stages": 3, "layers_per_stage": 2, "chunks_per_gpu": 2, "num_microbatches": 6},
         {"num_stages": 4, "layers_per_stage": 1, "chunks_per_gpu": 1},
+        {"num_stages": 1, "layers_per_stage": 1, "chunks_per_gpu": 1, "recompute": True},
+        {"recompute": True, "momentum": 0.9},
+        {"num_microbatches": 8, "num_batches": 5, "recompute": True},
     ],
     ids=str,
 )
@@ -547,7 +584,25 @@ def test_the_meter_counts_the_storages_of_a_plain_forward():
     assert meter.peak == [Bytes(one_version, 2 * of_one, one_version)]
 
 
-@pytest.mark.parametrize("what", ["weights", "activations", "gradients"])
+def test_the_transformers_memory_is_measured_and_shrinks_with_recompute():
+    """From shapes: F keeps the tokens, or what the stage before has sent; no formula of the lab."""
+    sizes = {"network": "transformer", "batch_size": 12, "layers_per_stage": 2, "num_batches": 2}
+    peak = {}
+    for name, recompute in (("naive", False), ("gpipe", False), ("gpipe", True), ("1f1b", True)):
+        plan = plan_of(name, **sizes, recompute=recompute, momentum=0.5)
+        meter = MemoryMeter(plan.schedule)
+        meter.train(plan)
+        peak[name, recompute] = meter.peak
+    for stage, one in enumerate(peak["naive", False]):
+        x = 4 * 3 * 64 * (12 if stage else 1)
+        assert peak["gpipe", False][stage].activations == 4 * one.activations
+        assert peak["gpipe", True][stage].activations == 3 * x + one.activations
+        assert peak["1f1b", True][stage].activations == (3 - stage) * x + one.activations
+        for held in peak.values():
+            assert held[stage].velocities == held[stage].gradients == one.weights
+
+
+@pytest.mark.parametrize("what", ["weights", "activations", "gradients", "velocities"])
 def test_the_meter_sees_memory_that_a_worker_forgets_to_free(monkeypatch, what):
     kept = []
 
@@ -558,6 +613,8 @@ def test_the_meter_sees_memory_that_a_worker_forgets_to_free(monkeypatch, what):
             if what == "gradients":
                 kept.append(dict(self.gradient))
             super().update(op)
+            if what == "velocities":
+                kept.append(self.velocity)
 
         def forward(self, op, x, labels=None):
             output = super().forward(op, x, labels)
@@ -565,7 +622,7 @@ def test_the_meter_sees_memory_that_a_worker_forgets_to_free(monkeypatch, what):
                 kept.append(self.in_flight[op.microbatch][0])
             return output
 
-    plan = plan_of("1f1b")
+    plan = plan_of("1f1b", momentum=0.9)
     monkeypatch.setattr(pipedream_lab, "MeteredWorker", Leaky)
     meter = MemoryMeter(plan.schedule)
     meter.train(plan)

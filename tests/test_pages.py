@@ -290,6 +290,12 @@ def facts():
     for schedule in ("gpipe", "1f1b"):
         config = {**CONFIG, "schedule": schedule, "num_microbatches": 8}
         yield rf"^\| `{schedule}`", peak_in_flight(build_schedule(config))
+    for words, recompute in (("all kept", False), ("`--recompute True`", True)):
+        lab = {**pipedream_lab.LAB_CONFIG, "schedule": "gpipe", "recompute": recompute}
+        plan = pipedream_lab.make_plan(lab)
+        meter = pipedream_lab.MemoryMeter(plan.schedule)
+        meter.train(plan)
+        yield rf"^\| {words} \| \d", [f"{held.activations / 1024:.0f}" for held in meter.peak]
     for flags in ("--num_microbatches 2", "--num_microbatches 8", "--num_stages 8"):
         config = config_of(flags)
         yield rf"^\| `{flags}`", [f"{utilization(simulate(build_schedule(config), config)):.1%}"]

@@ -372,6 +372,26 @@ def test_the_gradient_errors_shown_are_those_of_the_audit(program):
         assert line.endswith(f"   {max(audit.error[s, m] for s in range(4)):.1%} off")
 
 
+def test_with_recompute_a_backward_shows_the_time_of_its_forward_too(program):
+    _, out, _ = program("--recompute True --schedule gpipe")
+    assert "Makespan: 105 time units (naive, one microbatch at a time: 240)" in out  # 5 x 7 x 3
+    rows = [line.partition(" ←")[0].split("|") for line in out.splitlines() if line[:1] == "t"]
+    last = [(cells[0].strip(), cells[-1].strip()) for cells in rows]
+    assert last[6:9] == [("t6", "MB3 forward"), ("t7", "MB0 backward"), ("t9", "MB1 backward")]
+    _, plain, _ = program("--schedule gpipe")
+    losses = [line for line in plain.splitlines() if "Loss" in line]
+    assert losses
+    assert losses == [line for line in out.splitlines() if "Loss" in line]
+
+
+def test_the_banner_names_the_transformer_and_counts_its_weights(program):
+    flags = "--network transformer --num_stages 2 --layers_per_stage 1 --hidden_size 8"
+    _, out, _ = program(f"{flags} --verbose False")
+    block = 4 * (8 * 8 + 8) + 2 * (8 * 8 + 8) + 4 * 8  # attention, MLP, two norms
+    ends = 17 * 8 + 64 * 8 + 2 * 8 + 64 * 8 * 10 + 10
+    assert f"Network: transformer, 2 x 1 layer, {2 * block + ends:,} weights\n" in out
+
+
 def test_updates_are_dated_and_weights_counted(program):
     _, out, _ = program()
     for event in simulate(build_schedule(CONFIG), CONFIG):
@@ -434,6 +454,11 @@ BAD_FLAGS = {
     "--learning_rate inf": "learning_rate='inf' must be",
     "--schedule nope": "schedule='nope' must be one of naive, gpipe, 1f1b, pipedream",
     "--schedule 7": "schedule=7 must be text",
+    "--network nope": "network='nope' must be one of residual, transformer",
+    "--network transformer --hidden_size 30": "hidden_size=30 must be a multiple of 4",
+    "--network transformer --hidden_size 6000": "* hidden_size * hidden_size is 432,000,000",
+    "--momentum 1.1": "momentum=1.1 must be a number from 0 to 1",
+    "--recompute 1": "recompute=1 must be True or False",
     "--device nope": "device='nope' must be auto, cpu, cuda, cuda:N or mps",
     "--device cuda:99": "device='cuda:99': torch finds",
     "--verbose maybe": "verbose='maybe' must be True or False",

@@ -6,8 +6,9 @@ from collections import defaultdict
 
 import pytest
 import torch
-from reference import delayed_sgd
+from reference import delayed_sgd, plain_sgd
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
@@ -77,6 +78,150 @@ def test_vertical_sync_equals_its_recurrence_and_2bw_where_m_covers_the_depth(s,
     assert_same_run(train(config, torch.float64), delayed_sgd(config, lambda stage: delay))
 
 
+TRANSFORMER = {"network": "transformer", "layers_per_stage": 1}
+NEW = [
+    {"momentum": 0.9, "learning_rate": 0.05},
+    {"recompute": True},
+    TRANSFORMER,
+    {**TRANSFORMER, "recompute": True, "momentum": 0.9, "learning_rate": 0.02},
+]
+NEW_SHAPES = [(1, 1, 3), (2, 4, 4), (3, 1, 6), (4, 2, 6)]
+
+
+@pytest.mark.parametrize("new", NEW, ids=str)
+@pytest.mark.parametrize(("s", "m", "n"), NEW_SHAPES)
+@pytest.mark.parametrize("schedule", ["naive", "gpipe", "1f1b"])
+def test_so_does_every_flush_schedule_with_momentum_recompute_and_a_transformer(
+    schedule, s, m, n, new
+):
+    sizes = {"num_stages": s, "num_microbatches": m, "num_batches": n}
+    config = small(schedule=schedule, **sizes, **new)
+    assert_same_run(train(config, torch.float64), plain_sgd(config))
+
+
+@pytest.mark.parametrize("new", NEW, ids=str)
+@pytest.mark.parametrize(("s", "m", "n"), NEW_SHAPES)
+@pytest.mark.parametrize("vertical_sync", [False, True])
+def test_so_does_pipedream(s, m, n, vertical_sync, new):
+    sizes = {"num_stages": s, "num_microbatches": m, "num_batches": n}
+    config = small(vertical_sync=vertical_sync, **sizes, **new)
+
+    def delay_of_stage(stage):
+        return math.ceil((s - 1 - (0 if vertical_sync else stage)) / m)
+
+    assert_same_run(train(config, torch.float64), delayed_sgd(config, delay_of_stage))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("network", [{}, TRANSFORMER, {"momentum": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"schedule": "gpipe"},
+        {},
+        {"num_microbatches": 1},
+        {"num_microbatches": 1, "vertical_sync": True},
+    ],
+    ids=str,
+)
+def test_recompute_changes_no_bit(switches, network, dtype):
+    config = small(**switches, **network)
+    once, twice = train(config, dtype), train({**config, "recompute": True}, dtype)
+    assert once.losses == twice.losses
+    assert once.peak_versions == twice.peak_versions
+    for ours, theirs in zip(once.weights, twice.weights, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("network", [{}, TRANSFORMER], ids=str)
+@pytest.mark.parametrize("schedule", ["gpipe", "pipedream"])
+def test_recompute_keeps_the_inputs_in_flight_and_one_microbatchs_activations(schedule, network):
+    """Counted in storages that autograd saved and that still exist, and in what is kept in flight.
+
+    What is saved for one microbatch is counted in a run of one microbatch, without recompute.
+    """
+
+    def most_bytes(**settings):
+        config, peaks = small(schedule=schedule, **network, **settings), {}
+        saved, held = weakref.WeakSet(), defaultdict(weakref.WeakSet)
+
+        def note(tensor):
+            saved.add(tensor.untyped_storage())
+            return tensor.detach()  # with its graph it would keep itself alive
+
+        def watch(op, worker):
+            if op.kind == "F" and config["recompute"]:
+                assert len(saved) == 0
+            weights = {w.data_ptr() for ws in worker.versions.values() for w in ws.values()}
+            mine = held[op.stage]
+            mine.update(saved)
+            saved.clear()
+            for x, output, _ in worker.in_flight.values():
+                mine.update(t.untyped_storage() for t in (x, output) if t is not None)
+            alive = [storage for storage in mine if storage.data_ptr() not in weights]
+            size = sum(storage.nbytes() for storage in alive)
+            peaks[op.stage] = max(peaks.get(op.stage, 0), size)
+
+        class Copies(Worker):
+            """Receives copies: a storage belongs to one stage, and to one microbatch."""
+
+            def forward(self, op, x, labels=None):
+                labels = labels if labels is None else labels.clone()
+                return super().forward(op, x.clone(), labels).clone()
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            train(config, watch=watch, worker_class=Copies)
+        return peaks
+
+    one = most_bytes(num_microbatches=1, batch_size=3, num_batches=1, recompute=False)
+    all_kept = most_bytes(num_microbatches=4, batch_size=12, num_batches=3, recompute=False)
+    peaks = most_bytes(num_microbatches=4, batch_size=12, num_batches=3, recompute=True)
+    for stage in range(4):
+        in_flight = 4 if schedule == "gpipe" else 4 - stage
+        width = 64 if stage == 0 else 12 * (64 if network else 1)
+        assert all_kept[stage] == in_flight * one[stage]
+        assert peaks[stage] == one[stage] + (in_flight - 1) * 3 * width * 4
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_recompute_without_stashing_gives_the_gradient_of_the_newest_weights_at_old_inputs(m):
+    """The forward runs again on weights that are newer than those that made its input."""
+    config = small(num_microbatches=m, num_batches=6, weight_stashing=False, recompute=True)
+    newer = 0  # backwards
+    modules = [stage.double() for stage in build_stages(config)]
+    labels_of = [y for _, y in split_batches(config, torch.float64)]
+
+    class Noted(Worker):
+        def backward(self, op, output_gradient):
+            nonlocal newer
+            stage, m = op.stage, op.microbatch
+            x, _, _ = self.in_flight[m]
+            weights = {
+                n: w.detach().clone().requires_grad_() for n, w in self.versions[op.version].items()
+            }
+            leaf = x.detach().clone().requires_grad_()
+            output = functional_call(modules[stage], weights, (leaf,))
+            if output_gradient is None:
+                output = cross_entropy(output, labels_of[m]) / config["num_microbatches"]
+            output.backward(output_gradient)
+            old = {name: gradient.clone() for name, gradient in self.gradient.items()}
+            newer += op.version > versions[stage, m]
+            result = super().backward(op, output_gradient)
+            for name, w in weights.items():
+                torch.testing.assert_close(self.gradient[name] - old.get(name, 0), w.grad, **EXACT)
+            if result is not None:
+                torch.testing.assert_close(result, leaf.grad, **EXACT)
+            return result
+
+    schedule = build_schedule(config)
+    versions = {op[::2]: op.version for row in schedule for op in row if op.kind == "F"}
+    audit = Audit(config, torch.float64, gradients=True)
+    train(config, torch.float64, watch=audit, worker_class=Noted)
+    assert newer == len(mismatches(schedule)) > 0
+    assert audit.read == {op[:3]: op.version for row in schedule for op in row if op.kind != "U"}
+    assert max(audit.error.values()) > 0.01  # not the gradient at the weights that the forward read
+
+
 def test_without_stashing_the_result_is_none_of_these():
     config = small(num_microbatches=1, num_batches=9, weight_stashing=False)
     wrong = train(config, torch.float64)
@@ -87,7 +232,13 @@ def test_without_stashing_the_result_is_none_of_these():
 @pytest.mark.parametrize("m", [1, 4])
 def test_gradients_are_true_with_stashing_and_wrong_just_where_versions_differ_without(m):
     config = small(num_microbatches=m, num_batches=6)
-    for switches in ({}, {"vertical_sync": True}, {"schedule": "1f1b", "weight_stashing": False}):
+    for switches in (
+        {},
+        {"vertical_sync": True},
+        {"schedule": "1f1b", "weight_stashing": False},
+        {"recompute": True},
+        TRANSFORMER,
+    ):
         audit = Audit({**config, **switches}, torch.float64, gradients=True)
         train({**config, **switches}, torch.float64, watch=audit)
         assert len(audit.error) == 4 * 6 * m
@@ -133,6 +284,8 @@ def test_the_gradient_without_stashing_is_what_autograd_finds_on_changed_weights
         {"num_microbatches": 1, "vertical_sync": True},
         {"num_microbatches": 2, "vertical_sync": True},
         {"num_microbatches": 1, "weight_stashing": False},
+        {"num_microbatches": 1, "recompute": True, "momentum": 0.9},
+        {"num_microbatches": 1, "weight_stashing": False, "recompute": True},
         {"schedule": "gpipe"},
     ],
 )
@@ -201,7 +354,33 @@ def test_stashing_copies_nothing_and_writes_on_no_version():
     assert len(seen) == 4 * 9
 
 
-@pytest.mark.parametrize("switches", [{}, {"vertical_sync": True}, {"weight_stashing": False}])
+def test_there_is_one_velocity_per_stage_and_no_update_leaves_another_one_behind():
+    config = small(num_microbatches=1, num_batches=8, momentum=0.9)
+    seen, updates = weakref.WeakSet(), []
+
+    def watch(op, worker):
+        seen.update(u.untyped_storage() for u in worker.velocity.values())
+        if op.kind == "U":
+            updates.append(op.stage)
+            assert worker.velocity.keys() == worker.versions[op.version + 1].keys()
+        assert len(seen) == 6 * len(set(updates))  # three layers with a weight and a bias
+
+    train(config, watch=watch)
+    assert len(updates) == 4 * 8
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"vertical_sync": True},
+        {"weight_stashing": False},
+        {"recompute": True},
+        {"recompute": True, "weight_stashing": False},
+        TRANSFORMER,
+    ],
+    ids=str,
+)
 def test_forward_and_backward_use_the_weights_that_the_schedule_names(switches):
     """The audit knows no schedule: it reads versions off the tensors in the graphs."""
     config = small(num_stages=3, num_microbatches=2, num_batches=5, **switches)
@@ -218,16 +397,20 @@ def test_forward_and_backward_use_the_weights_that_the_schedule_names(switches):
                 assert audit.newest_then[op.stage, op.microbatch] == updates
 
 
-def test_the_audit_notices_a_worker_that_uses_other_weights_than_it_is_told():
+@pytest.mark.parametrize(("recompute", "kinds"), [(False, "F"), (True, "F"), (True, "R")])
+def test_the_audit_notices_a_worker_that_uses_other_weights_than_it_is_told(recompute, kinds):
     class Careless(Worker):
         def forward(self, op, x, labels=None):
-            return super().forward(op._replace(version=max(self.versions)), x, labels)
+            version = max(self.versions) if op.kind in kinds else op.version
+            return super().forward(op._replace(version=version), x, labels)
 
-    config = small(num_microbatches=1, vertical_sync=True)
+    config = small(num_microbatches=1, vertical_sync=True, recompute=recompute)
     audit, rows = Audit(config), build_schedule(config)
     train(config, watch=audit, worker_class=Careless)
     planned = {op[:3]: op.version for row in rows for op in row if op.kind != "U"}
     assert audit.read != planned
+    wrong = {step[1] for step in planned if audit.read[step] != planned[step]}
+    assert wrong == ({"F", "B"} if not recompute else {"F"} if kinds == "F" else {"B"})
 
 
 def test_the_loss_of_a_batch_adds_up_while_its_microbatches_run():
@@ -245,9 +428,10 @@ def test_the_loss_of_a_batch_adds_up_while_its_microbatches_run():
 # ------------------------------------------------------------------------- model and data
 
 
+@pytest.mark.parametrize("network", ["residual", "transformer"])
 @pytest.mark.parametrize(("s", "layers"), [(1, 1), (1, 2), (2, 1), (2, 3), (12, 1), (1, 12)])
-def test_stages_are_one_network_cut_and_the_cut_does_not_change_its_bits(s, layers):
-    config = small(num_stages=s, layers_per_stage=layers)
+def test_stages_are_one_network_cut_and_the_cut_does_not_change_its_bits(s, layers, network):
+    config = small(num_stages=s, layers_per_stage=layers, network=network)
     whole = build_stages({**config, "num_stages": 1, "layers_per_stage": s * layers})
     cut = build_stages(config)
     assert len(cut) == s
@@ -255,9 +439,50 @@ def test_stages_are_one_network_cut_and_the_cut_does_not_change_its_bits(s, laye
     ours = [w for stage in cut for w in stage.parameters()]
     theirs = list(whole[0].parameters())
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    x = torch.randn(5, 64)
+    x = torch.randint(17, (5, 64)).float()
     assert torch.equal(nn.Sequential(*cut)(x), whole[0](x))
     assert nn.Sequential(*cut)(x).shape == (5, 10)
+
+
+def test_the_transformer_is_the_one_of_the_textbooks():
+    """Pre-norm attention and MLP in plain arithmetic: no fast path, no dropout."""
+    config = small(**TRANSFORMER, num_stages=2)
+    stages = [stage.double() for stage in build_stages(config)]
+    w = {}
+    for number, stage in enumerate(stages):
+        w |= {f"{number}.{name}": tensor for name, tensor in stage.named_parameters()}
+    x, size, heads = torch.randint(17, (5, 64)), 12, 4
+    h = w["0.0.0.value.weight"][x] + w["0.0.0.place.weight"]
+
+    def norm(h, name):
+        centered = h - h.mean(-1, keepdim=True)
+        unit = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return unit * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    for layer in ("0.0.1", "1.0.0"):
+        q, k, v = (
+            norm(h, f"{layer}.norm1") @ w[f"{layer}.self_attn.in_proj_weight"].T
+            + w[f"{layer}.self_attn.in_proj_bias"]
+        ).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (heads, size // heads)).transpose(1, 2) for part in (q, k, v))
+        weights = (q @ k.mT / math.sqrt(size // heads)).softmax(-1)
+        mixed = (weights @ v).transpose(1, 2).flatten(2)
+        out = f"{layer}.self_attn.out_proj"
+        h = h + mixed @ w[f"{out}.weight"].T + w[f"{out}.bias"]
+        inner = norm(h, f"{layer}.norm2") @ w[f"{layer}.linear1.weight"].T
+        inner = (inner + w[f"{layer}.linear1.bias"]).relu()
+        h = h + inner @ w[f"{layer}.linear2.weight"].T + w[f"{layer}.linear2.bias"]
+    logits = norm(h, "1.0.1").flatten(1) @ w["1.0.3.weight"].T + w["1.0.3.bias"]
+    torch.testing.assert_close(nn.Sequential(*stages)(x.double()), logits, **EXACT)
+
+
+def test_the_tokens_of_the_transformer_are_the_grey_values_of_the_same_images():
+    ours, theirs = make_batches(small()), make_batches(small(network="transformer"))
+    for (x, y), (tokens, labels) in zip(ours, theirs, strict=True):
+        assert torch.equal(y, labels)
+        assert set(tokens.unique().tolist()) <= set(range(17))
+        middle = x[:, 20], tokens[:, 20]  # one is the other, shifted and scaled
+        assert torch.equal(*(column.argsort(stable=True) for column in middle))
 
 
 def test_building_a_network_leaves_the_callers_random_numbers_alone():
@@ -377,6 +602,12 @@ def test_the_default_run_learns_at_once(seed):
 def test_other_numbers_of_stages_learn_as_well(num_stages):
     config = {**CONFIG, "num_stages": num_stages, "num_microbatches": 1, "num_batches": 200}
     assert train(config).test_accuracy >= 0.93
+
+
+@pytest.mark.parametrize("switches", [{}, {"schedule": "gpipe", "momentum": 0.5}], ids=str)
+def test_the_transformer_learns_the_digits_too(switches):
+    config = {**CONFIG, **TRANSFORMER, "hidden_size": 32, "num_batches": 60, **switches}
+    assert train(config).test_accuracy >= 0.8
 
 
 def test_a_network_that_has_diverged_has_no_accuracy():

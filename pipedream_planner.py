@@ -1,0 +1,906 @@
+#!/usr/bin/env python3
+"""Which cut? How many GPUs for each stage? From what the layers cost, and how fast the links are.
+
+    python pipedream_planner.py plan vgg16.txt --gpus 16 --bandwidth 3.125e9
+    python pipedream_planner.py plan vgg16.txt --gpus 8 2 --bandwidth 3e10 3.125e9
+    python pipedream_planner.py plan my.csv --gpus 4 --bandwidth 1e9 --straight --memory 16e9
+
+The second is about 2 machines with 8 GPUs each. COMMAND --help says more.
+
+A pipeline is as fast as its slowest stage. A slow stage may be cut again, or replicated: with R
+replicas, each takes every R-th minibatch, and they add up their gradients (all-reduce), as in data
+parallelism. `Plan: 15-1` is a stage on 15 GPUs and one on a single GPU; `Plan: 16` is data
+parallelism. Paper: PipeDream (SOSP 2019).
+"""
+
+import copy
+import functools
+import itertools
+import math
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipedream_lab import LAB_CONFIG, choose_command, make_plan, read_cells, read_text
+from pipedream_simple import (
+    CONFIG,
+    Event,
+    Op,
+    Run,
+    Schedule,
+    UserError,
+    Weights,
+    Worker,
+    check_config,
+    check_value,
+    count,
+    format_per_gpu,
+    format_table,
+    makespan,
+    one_f_one_b,
+    parse_config,
+    parse_value,
+    peak_in_flight,
+    peak_versions,
+    pin_versions,
+    run_main,
+    shorten,
+    shown,
+    simulate,
+    train,
+    utilization,
+)
+
+# ------------------------------------------------------------------------------------ profile
+
+
+class Layer(NamedTuple):
+    """What a layer costs on one GPU, for one minibatch."""
+
+    name: str
+    forward: float  # seconds
+    backward: float  # seconds
+    activation: float  # bytes of its output, kept from its forward until its backward
+    weights: float  # bytes
+    sent: float | None = None  # bytes that a cut right after it sends; None: its activation
+
+
+COLUMNS = ["layer", "forward_ms", "backward_ms", "activation_bytes", "weight_bytes"]
+KEYS = ["forward_compute_time", "backward_compute_time", "activation_size", "parameter_size"]
+AMOUNT = (float, 0, 1e18)  # of seconds or bytes; as in RULES: type, least, most
+
+
+def read_profile(path: Path) -> list[Layer]:
+    """The layers in a CSV file with these COLUMNS, or in a file of PipeDream's own profiler.
+
+    UserError: what is wrong with the file, and where.
+    """
+    text, name = read_text(path), str(path)[-200:]
+    is_csv = [cell.strip() for cell in text.partition("\n")[0].split(",")] == COLUMNS
+    layers = read_chain(read_cells(text, path), name) if is_csv else read_graph(text, name)
+    if not layers:
+        raise UserError(f"{name} has no layers")
+    return layers
+
+
+def read_layer(name: str, costs: dict[str, str], place: str) -> Layer:
+    """A Layer from four texts: two times in ms, two sizes. A list, [8; 4], is added up."""
+    amounts = []
+    for what, text in costs.items():
+        values = [parse_value(part) for part in text.strip("[] ").split(";")]
+        for value in values:
+            check_value(f"{place}: {what}", value, AMOUNT)
+        amounts.append(sum(map(float, values)))  # type: ignore[arg-type]
+    forward, backward, activation, weights = amounts
+    return Layer(name, forward / 1000, backward / 1000, activation, weights)
+
+
+def read_chain(lines: list[list[str]], name: str) -> list[Layer]:
+    """The layers of a CSV file, in which each feeds the next one."""
+    layers = []
+    for number, cells in enumerate(lines[1:], start=2):
+        place = f"{name}, line {number}"
+        if cells and len(cells) != len(COLUMNS):
+            raise UserError(f"{place} has {count(len(cells), 'cell')}, not {len(COLUMNS)}")
+        if cells:
+            costs = dict(zip(COLUMNS[1:], cells[1:], strict=True))
+            layers.append(read_layer(cells[0], costs, place))
+    return layers
+
+
+def read_graph(text: str, name: str) -> list[Layer]:
+    """The layers of a PipeDream profile: lines `id -- description -- costs`, and edges `id -- id`.
+
+    The network may branch, so its nodes are put in a row, each after those it needs, and cut like a
+    chain. A cut sends every output from before it that is needed after it. (The authors' program
+    also tries cuts that no place in this row stands for.) Inputs are not part of the network.
+    """
+    nodes: dict[str, Layer] = {}
+    edges: list[tuple[str, str]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        place, (key, *rest) = f"{name}, line {number}", line.strip().split(" -- ")
+        if len(rest) == 1:
+            edges.append((key, rest[0]))
+        elif rest:
+            costs = dict(re.findall(r"(\w+)=(\[.*?\]|[^,\s]*)", rest[-1]))
+            if key in nodes:
+                raise UserError(f"{place}: a second {shown(key)}")
+            nodes[key] = read_layer(rest[0], {what: costs.get(what, "") for what in KEYS}, place)
+        elif key:
+            raise UserError(f"{place}: {shown(key)} is neither a node nor an edge")
+    inputs = {key for key, layer in nodes.items() if layer.name.startswith("Input")}
+    edges = [edge for edge in edges if not inputs & {*edge}]
+    order = in_order([key for key in nodes if key not in inputs], edges, name)
+    place_of = {key: i for i, key in enumerate(order)}
+    needed_until = {
+        key: max([place_of[b] for a, b in edges if a == key], default=0) for key in order
+    }
+    layers = []
+    for i, key in enumerate(order):
+        sent = sum(nodes[k].activation for k in order[: i + 1] if needed_until[k] > i)
+        layers.append(nodes[key]._replace(sent=sent))
+    return layers
+
+
+def in_order(keys: list[str], edges: list[tuple[str, str]], name: str) -> list[str]:
+    """Keys in an order in which they can run: of those that can, the lowest comes next.
+
+    PipeDream numbers the nodes as they ran, so this is that order.
+    """
+    sorter = TopologicalSorter(dict.fromkeys(keys, ()))
+    for key, reader in edges:
+        if {key, reader} - {*keys}:
+            raise UserError(f"{name}: the edge {shown(f'{key} -- {reader}')} lacks a node")
+        sorter.add(reader, key)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        cycle = " -- ".join(shorten(error.args[1], 6, "nodes"))
+        raise UserError(f"{name}: the graph has a cycle, {cycle[:200]}") from None
+    ready: list[str] = []
+    order: list[str] = []
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()], key=lambda key: (len(key), key))
+        order.append(ready.pop(0))
+        sorter.done(order[-1])
+    return order
+
+
+# ------------------------------------------------------------------------------------- search
+
+
+class Stage(NamedTuple):
+    """Consecutive layers on one GPU, or on several. Times are seconds per minibatch."""
+
+    first: int  # layer; the network's first is 0
+    last: int  # layer, included
+    levels: tuple[int, ...]  # replicas per level: (4, 2) are 4 in each of 2 machines
+    compute: float  # forward and backward
+    all_reduce: float  # the replicas add up their gradients
+    transfer: float  # from the previous stage or to the next one, whichever takes longer
+    in_flight: int  # minibatches on each of its GPUs, and so weight versions
+    bytes: float  # kept on each of its GPUs: weight versions, and activations
+
+    @property
+    def replicas(self) -> int:
+        return math.prod(self.levels)
+
+    @property
+    def seconds(self) -> float:
+        """A GPU computes and adds up in turn; meanwhile it sends and receives."""
+        return max(self.compute + self.all_reduce, self.transfer)
+
+
+class Plan(NamedTuple):
+    """Stages that together use every GPU, and the times to compare them with."""
+
+    stages: list[Stage]
+    one_gpu: float  # seconds per minibatch
+    data_parallel: float  # the whole network on every GPU
+
+    @property
+    def slowest(self) -> Stage:
+        return max(self.stages, key=lambda stage: stage.seconds)
+
+
+def add_up(layers: list[Layer]) -> tuple[np.ndarray, ...]:
+    """Of every possible stage of layers i to j: seconds, bytes of weights and of activations.
+
+    Three arrays [i, j], with infinite seconds where j < i. And two more: the bytes that a cut
+    before layer i sends, [i], and those that a cut after layer j sends, [j].
+    """
+    columns = np.array([[f + b, w, a] for _, f, b, a, w, _ in layers], float).T
+    starts = np.insert(columns.cumsum(axis=1), 0, 0, axis=1)
+    seconds, weights, activations = starts[:, None, 1:] - starts[:, :-1, None]
+    seconds[np.tri(len(layers), k=-1, dtype=bool)] = math.inf
+    sent = [*map(sent_after, layers[:-1])]
+    return seconds, weights, activations, np.array([0.0, *sent]), np.array([*sent, 0.0])
+
+
+def sent_after(layer: Layer) -> float:
+    return layer.activation if layer.sent is None else layer.sent
+
+
+def replicate(seconds, weights, levels: tuple[int, ...], bandwidths) -> tuple:
+    """Seconds per minibatch that a replicated stage computes, and that it spends on all-reduce.
+
+    m replicas work on m minibatches at a time. Then each of them sends, and receives, (m - 1) / m
+    of the weights' size twice, which takes 4 (m - 1) / m * weights / bandwidth. With several levels
+    the GPUs of a machine do so first, and then the machines. (Section 3.1 of the paper has a 2, and
+    takes the longer of the two times; the authors' program has the 4 and the sum.)
+    """
+    per_byte = sum(4 * (m - 1) / (m * b) for m, b in zip(levels, bandwidths, strict=True))
+    return seconds / math.prod(levels), per_byte * weights / math.prod(levels)
+
+
+def count_in_flight(replicas: int, behind: int) -> int:
+    """Minibatches in flight on each replica of a stage, if the later stages have `behind` GPUs.
+
+    That is one for each GPU from this stage on. On the first stage it is NOAM, the number of
+    optimal active minibatches (section 3.2). Weight stashing keeps a version for each (3.3).
+    """
+    return math.ceil((replicas + behind) / replicas)
+
+
+def search(
+    layers, gpus, bandwidths, straight, memory, tick, slowest: float | None = None
+) -> tuple[float, list[Stage]]:
+    """Seconds per minibatch of the fastest plan; or, given this, the fewest stages, and the plan.
+
+    Dynamic programming from the last stage to the first. A unit is a GPU on the lowest level, then
+    a machine. best[g][i, j] is the best way to run layers i to j on g units: layers i to k on m of
+    them, as replicas of each other, and the rest in the best way on g - m. Times join by the
+    maximum, numbers of stages by the sum. A machine runs the best pipeline on its own GPUs. Which
+    one is best depends on how many machines are its replicas, and under a memory limit on how many
+    GPUs are behind it, so those are its arguments.
+
+    Of equally good ways it takes the most replicas in front, then the most layers there. Memory is
+    O(layers^2 * units of all levels).
+    """
+    join: Callable
+    if slowest is None:
+        join, limit, one = np.maximum, lambda seconds: seconds, 0
+    else:
+        join, limit, one = np.add, lambda seconds: np.where(seconds <= slowest, 0, math.inf), 1
+    num_layers, num_levels = len(layers), len(gpus)
+    seconds, weights, activations, before, after = add_up(layers)
+    busier_link = np.maximum.outer(before, after)
+
+    def divide(levels: tuple, behind: int, g: int, m: int) -> tuple[tuple, int, float]:
+        """For m of g units: the levels, the GPUs behind, seconds to send a byte and one back."""
+        level = num_levels - len(levels) - 1
+        behind += (g - m) * math.prod([*gpus[:level], *levels])
+        return (m, *levels), behind, 2 / (bandwidths[level] * m * math.prod(levels))
+
+    @functools.lru_cache(sum(gpus))
+    def on_replicas(levels: tuple, behind: int) -> np.ndarray:
+        """[i, j]: the best way to run layers i to j on units that are replicas of each other."""
+        if len(levels) < num_levels:
+            return best_ways(levels, behind)[-1][:-1]
+        both = sum(replicate(seconds, weights, levels, bandwidths))
+        kept = count_in_flight(math.prod(levels), behind) * (weights + activations)
+        return np.where(kept <= memory, limit(both) + one, math.inf)
+
+    def front(levels: tuple, behind: int, per_byte: float) -> np.ndarray:
+        """The same with transfers: each unit has its own links."""
+        inside = on_replicas(levels, behind if memory < math.inf else 0)
+        return join(inside, limit(per_byte * busier_link))
+
+    def best_ways(levels: tuple, behind: int) -> list[np.ndarray]:
+        """best for the units of a unit of the level above. best[0][j + 1, j]: nothing is left."""
+        shape = num_layers + 1, num_layers
+        best = [np.where(np.eye(*shape, k=-1), 0, math.inf)]
+        for g in range(1, gpus[num_levels - len(levels) - 1] + 1):
+            best.append(np.full(shape, math.inf))
+            for m in range(1, 2 if straight else g + 1):
+                ways = front(*divide(levels, behind, g, m))
+                for j in range(num_layers) if levels else [num_layers - 1]:
+                    column = best[g][: j + 1, j]
+                    joined = join(ways[: j + 1, : j + 1], best[g - m][1 : j + 2, j])
+                    np.minimum(column, joined.min(axis=1), out=column)
+                if len(levels) == num_levels - 1:
+                    tick()
+        return best
+
+    def stages(best, levels, behind, i, j, received, sent) -> Iterator[Stage]:
+        """The stages of best[-1][i, j], whose ends receive and send in so many seconds."""
+        start, g = i, len(best) - 1
+        while g:
+            for m, k in itertools.product(range(1 if straight else g, 0, -1), range(j, i - 1, -1)):
+                inner, later, per_byte = divide(levels, behind, g, m)
+                way = join(front(inner, later, per_byte)[i, k], best[g - m][k + 1, j])
+                if way == best[g][i, j]:
+                    break
+            ends = per_byte * before[i], per_byte * after[k]
+            ends = max(ends[0], received * (i == start)), max(ends[1], sent * (k == j))
+            if len(inner) < num_levels:
+                yield from stages(best_ways(inner, later), inner, later, i, k, *ends)
+            else:
+                cost = float(seconds[i, k]), float(weights[i, k])
+                compute, all_reduce = replicate(*cost, inner, bandwidths)
+                in_flight = count_in_flight(math.prod(inner), later)
+                kept = float(in_flight * (weights[i, k] + activations[i, k]))
+                yield Stage(i, k, inner, compute, all_reduce, float(max(ends)), in_flight, kept)
+            i, g = k + 1, g - m
+
+    best = best_ways((), 0)
+    found = [] if slowest is None else stages(best, (), 0, 0, num_layers - 1, 0, 0)
+    return float(best[-1][0, -1]), [*found]
+
+
+def best_plan(
+    layers: list[Layer],
+    gpus: list[int],
+    bandwidths: list[float],
+    straight: bool = False,
+    memory: float | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Plan:
+    """The plan whose slowest stage is fastest; of equally fast ones, one with the fewest stages.
+
+    gpus and bandwidths have an entry per level: 8 GPUs in a machine, 2 machines; bytes per second
+    of a GPU's link and of a machine's, each way. straight: one GPU per stage. memory: bytes of a
+    GPU. A stage may then keep on each GPU
+
+        in flight * (weights + activations),  in flight = ceil(GPUs from it on / its replicas)
+
+    where activations are the outputs of its layers. (Gradients and the optimizer's state are left
+    out.) progress is told the share that is done. UserError: an invalid argument, or nothing fits.
+
+    PipeDream's planner (SOSP 2019, section 3.1). Times are per minibatch, so replicas divide them.
+    A cut sends activations, and gradients of the same size back, over the links of every level that
+    it crosses; this overlaps with computing. With several levels, all machines that share a part of
+    the network divide it among their GPUs in the same way.
+    """
+    check_request(layers, gpus, bandwidths, straight, memory)
+    steps = [n if straight else n * (n + 1) // 2 for n in gpus]
+    searched = [n if memory is None else step for n, step in zip(gpus[1:], steps[1:], strict=True)]
+    ticks, all_ticks = itertools.count(1), 2 * steps[0] * math.prod(searched)
+
+    def tick() -> None:
+        progress(min(1.0, next(ticks) / all_ticks))
+
+    request = layers, gpus, bandwidths, straight, math.inf if memory is None else memory, tick
+    seconds, _ = search(*request)
+    if seconds == math.inf:
+        raise UserError(f"nothing fits: every plan has a GPU that must keep more than {memory=}")
+    # Sums differ in their last digits: times that differ by less than a billionth are equal.
+    _, stages = search(*request, seconds * (1 + 1e-9))
+    one_gpu = sum(layer.forward + layer.backward for layer in layers)
+    weights = sum(layer.weights for layer in layers)
+    return Plan(stages, one_gpu, sum(replicate(one_gpu, weights, tuple(gpus), bandwidths)))
+
+
+LEVEL = {"gpus": (int, 1, 10_000), "bandwidth": (float, 1, 1e18)}  # as in RULES
+MOST_SIMULATED = 300_000  # minibatches * stages
+MOST = 100_000_000  # layers * layers * GPUs: the numbers that a search keeps
+
+
+def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory) -> None:
+    """Raise a UserError unless best_plan can answer this."""
+    for key, values in (("gpus", gpus), ("bandwidth", bandwidths)):
+        if not isinstance(values, (list, tuple)) or not values:
+            raise UserError(f"{key}={shown(values)} must be a list, one number per level")
+        for value in values:
+            check_value(key, value, LEVEL[key])
+    if len(gpus) != len(bandwidths):
+        raise UserError(
+            f"gpus={gpus} has other levels than bandwidth={bandwidths}: each needs both"
+        )
+    if memory is not None:
+        check_value("memory", memory, LEVEL["bandwidth"])
+    for layer in layers:
+        for key, value in zip(Layer._fields[1:], layer[1:], strict=True):
+            if value is not None:
+                check_value(f"{shown(layer.name)}: {key}", value, AMOUNT)
+    if not any(layer.forward + layer.backward for layer in layers):
+        raise UserError("no layer takes any time")
+    num_layers, num_gpus = len(layers), math.prod(gpus)
+    if straight and num_gpus > num_layers:
+        stages = f"{count(num_layers, 'layer')} cannot be cut into {num_gpus} stages"
+        raise UserError(f"{stages}: use fewer GPUs, or replicas (without straight)")
+    if num_layers**2 * num_gpus > MOST:
+        what = f"layers * layers * GPUs is {num_layers**2 * num_gpus:,}"
+        raise UserError(f"{what}: at most {MOST:,} fit")
+
+
+# --------------------------------------------------------------------------------------- plan
+
+
+TIMES = ["computing", "all-reduce", "transfer"]
+PLAN_LEGEND = """\
+   Milliseconds per minibatch. A stage takes its computing and its all-reduce,
+   or its transfer if that is longer; * is the slowest stage. versions: of the
+   weights, one for each minibatch in flight. GB: what each of the stage's GPUs
+   keeps, versions of the weights and activations."""
+
+
+def format_plan(plan: Plan, layers: list[Layer]) -> str:
+    """The stages, the cuts, what they gain, and a sentence that says what limits them."""
+    seconds, one_gpu, data_parallel = plan.slowest.seconds, plan.one_gpu, plan.data_parallel
+    table = [["stage", "GPUs", "layers", *TIMES, "in all", "versions", "GB"]]
+    cuts = []
+    for number, stage in enumerate(plan.stages):
+        times = stage.compute, stage.all_reduce, stage.transfer, stage.seconds
+        row = [f"{number}{' *' * (stage is plan.slowest)}", "x".join(map(str, stage.levels))]
+        row += [f"{stage.first}-{stage.last}", *(f"{1000 * time:.4g}" for time in times)]
+        table.append([*row, str(stage.in_flight), f"{stage.bytes / 1e9:.3f}"])
+        name = textwrap.shorten(layers[stage.last].name, 32, placeholder=" ...")
+        sent = f"{sent_after(layers[stage.last]) / 1e6:.3g} MB each way"
+        cuts.append(f"   after layer {stage.last}, {name}: {sent}")
+    lines = [
+        f"Plan: {'-'.join(str(stage.replicas) for stage in plan.stages)}",
+        f"Slowest: {seconds:.9f} s per minibatch",
+        "",
+        *shorten(format_table(table), 40, "stages"),
+        PLAN_LEGEND,
+        *["   4x2: 4 GPUs in each of 2 machines."] * (len(plan.stages[0].levels) > 1),
+        *(["Cuts:", *shorten(cuts[:-1], 12, "cuts")] if len(cuts) > 1 else []),
+        f"NOAM: {plan.stages[0].in_flight} (minibatches in flight on each GPU of stage 0)",
+        f"Speed-up over one GPU ({one_gpu:.9f} s): {one_gpu / seconds:.2f}x",
+        f"Speed-up over data parallelism ({data_parallel:.9f} s): {data_parallel / seconds:.2f}x",
+        f"Speed-up of data parallelism over one GPU: {one_gpu / data_parallel:.2f}x",
+        "",
+    ]
+    return "\n".join([*lines, textwrap.fill(explain(plan), 80)])
+
+
+def explain(plan: Plan) -> str:
+    """What the plan means: its bottleneck, and whether a pipeline is worth it."""
+    slowest, seconds = plan.slowest, plan.slowest.seconds
+    times = slowest.compute, slowest.all_reduce, slowest.transfer * (slowest.transfer == seconds)
+    what = f"{max(times) / seconds:.0%} of its time is {TIMES[times.index(max(times))]}."
+    if len(plan.stages) == 1:
+        text = "Data parallelism is the best plan: every GPU holds the whole network, and no cut "
+        text += f"would make it faster; {what}"
+    else:
+        text = f"The bottleneck is stage {plan.stages.index(slowest)}: {what} Data parallelism "
+        slower = f"alone takes {plan.data_parallel / seconds:.2f} times as long."
+        text += slower if plan.data_parallel > seconds else "would be faster, but is ruled out."
+    return text + " One GPU alone would be faster." * (plan.one_gpu < seconds)
+
+
+def plan(
+    config: dict,
+    profile: Path,
+    gpus: list,
+    bandwidth: list,
+    straight: bool = False,
+    memory: float | None = None,
+    out: Path | None = None,
+) -> None:
+    """Where to cut a network, and how many GPUs each stage gets, for the fastest pipeline.
+
+    It reads a profile of PipeDream, or a CSV file whose first line is
+    layer,forward_ms,backward_ms,activation_bytes,weight_bytes
+    """
+    layers = read_profile(profile)
+    due = time.monotonic() + 2
+
+    def progress(share: float) -> None:
+        nonlocal due
+        if time.monotonic() > due:
+            print(f"searched {share:.0%}", file=sys.stderr, flush=True)
+            due += 2
+
+    found = best_plan(layers, gpus, bandwidth, straight, memory, progress)
+    print(format_plan(found, layers))
+    events, seconds = simulate_plan(found, layers)
+    promised = max(stage.compute + stage.all_reduce for stage in found.stages)
+    ratio = seconds / promised
+    print(
+        f"Simulated: {seconds:.9f} s per minibatch once the pipeline is full, with 1F1B-RR and free"
+        f"\n   messages. The plan promises {promised:.9f} s without them: {ratio:.3f} times."
+    )
+    if ratio > 1.001:
+        print("   This schedule does not keep the slowest stage busy all the time.")
+    if out:
+        name = "-".join(str(stage.replicas) for stage in found.stages)
+        draw_timeline(f"Plan {name}: {seconds:.4g} s per minibatch", events, out)
+
+
+# ----------------------------------------------------------------------------------- replicas
+
+
+def replicated(replicas: list[int], num_microbatches: int, num_batches: int) -> Iterator[list]:
+    """1F1B-RR: stage s is on replicas[s] GPUs, which take turns: microbatch m goes to m mod R_s.
+
+    One row per GPU, the replicas of a stage next to each other. Each runs 1F1B on its microbatches.
+    Before the first backward it runs one forward for each GPU from its stage on, shared among its
+    replicas: on stage 0 that is NOAM. PipeDream (SOSP 2019), section 3.2.
+
+    >>> print(format_rows(replicated([2, 1], 2, 2)))
+    GPU0: F0 F2 B0 B2
+    GPU1: F1 F3 B1 B3
+    GPU2: F0 B0 F1 B1 F2 B2 F3 B3
+    """
+    for stage, copies in enumerate(replicas):
+        warmup = count_in_flight(copies, sum(replicas[stage + 1 :])) - 1
+        for replica in range(copies):
+            number = num_microbatches * num_batches // copies
+            row = one_f_one_b(0, warmup + 1, number, num_batches=1)
+            yield [(stage, kind, m * copies + replica) for _, kind, m in row]
+
+
+def simulate_plan(plan: Plan, layers: list[Layer]) -> tuple[list[Event], float]:
+    """1F1B-RR with the plan's times in ms, messages free; and its seconds per minibatch.
+
+    A batch is as many minibatches as the replicas share evenly, and its update takes all-reduce's
+    time for as many. Counted in the middle third of a run, where the pipeline is full.
+    """
+    replicas = [stage.replicas for stage in plan.stages]
+    batch, num_stages = math.lcm(*replicas), len(replicas)
+    num_batches = 3 * math.ceil(4 * sum(replicas) / batch) + 6
+    if batch * num_batches * num_stages > MOST_SIMULATED:
+        raise UserError("it has too many minibatches to be simulated")
+    of = [layers[stage.first : stage.last + 1] for stage in plan.stages]
+    config = {
+        "num_stages": num_stages,
+        "forward_time": [max(1e-9, 1000 * sum(x.forward for x in some)) for some in of],
+        "backward_time": [max(1e-9, 1000 * sum(x.backward for x in some)) for some in of],
+        "comm_time": 0,
+        "update_time": [1000 * batch * stage.all_reduce for stage in plan.stages],
+        "recompute": False,
+    }
+    events = simulate(pin_versions(replicated(replicas, batch, num_batches), batch), config)
+    done: dict[int, float] = {}  # batch -> when all GPUs have updated
+    for op, _, _, end in events:
+        if op.kind == "U":
+            done[op.version] = max(done.get(op.version, 0), end)
+    first, last = num_batches // 3, 2 * num_batches // 3
+    return events, (done[last] - done[first]) / (1000 * batch * (last - first))
+
+
+def draw_timeline(title: str, events: list[Event], out: Path) -> None:
+    """Write plan.png: the lanes of all GPUs until the first batches are done."""
+    import pipedream_visual as visual
+
+    events = visual.rounded(events)
+    num_devices = 1 + max(event.device for event in events)
+    until = max(end for op, *_, end in events if op.kind == "U" and op.version < 3)
+    width = visual.LEFT + visual.plot_width(events, until) + visual.RIGHT
+    lane, top = min(60, 2400 / num_devices), 3 * visual.LINE
+    lines = ["One lane per GPU; black: all-reduce and update. Simulated, until 3 batches are done."]
+    with visual.house_style():
+        figure = visual.new_picture(width, top + lane * num_devices + 110, title, lines)
+        axes = visual.add_lanes(figure, top, lane * num_devices, num_devices, until)
+        shown = [event for event in events if event.start < until]
+        visual.draw_ops(axes, shown, stages=True)
+        boxes = [(e.start, e.end, e.device, 0.06, 0.94) for e in shown if e.op.kind == "U"]
+        visual.add_boxes(axes, boxes, facecolors=visual.INK, edgecolors=visual.INK, linewidths=2)
+        visual.add_legend(figure, [event.op for event in shown], [visual.IDLE])
+        visual.save({out / "plan.png": figure.savefig})
+
+
+class Replicas(nn.Module):
+    """Copies of a stage, each with weights of its own, that take turns."""
+
+    def __init__(self, stage: nn.Module, number: int):
+        super().__init__()
+        self.copies = nn.ModuleList(copy.deepcopy(stage) for _ in range(number))
+        self.turn = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.copies[self.turn](x)
+
+
+class ReplicatedWorker(Worker):
+    """The GPUs of a replicated stage. Before an update they add up their gradients."""
+
+    module: Replicas
+
+    def __init__(self, stage: nn.Module, config: dict, number: int):
+        super().__init__(Replicas(stage, number), config)
+        self.number = self.missing = number
+
+    def forward(self, op: Op, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.module.turn = op.microbatch % self.number
+        result = super().forward(op, x, labels)
+        x, output, weights = self.in_flight[op.microbatch]
+        own = {k: w for k, w in weights.items() if k.startswith(f"copies.{self.module.turn}.")}
+        self.in_flight[op.microbatch] = x, output, own  # a backward is about these alone
+        return result
+
+    def update(self, op: Op) -> None:
+        """When the last replica has come: all-reduce, and then the update on each of them."""
+        self.missing -= 1
+        if self.missing == 0:
+            for name, _ in self.module.copies[0].named_parameters():
+                keys = [f"copies.{replica}.{name}" for replica in range(self.number)]
+                total = torch.stack([self.gradient[key] for key in keys]).sum(dim=0)
+                self.gradient |= dict.fromkeys(keys, total)
+            super().update(op)
+            self.missing = self.number
+
+
+def train_plan(config: dict, replicas: str, out: Path | None = None) -> None:
+    """Train a plan such as 2-1-1 on the digits: the first stage on two GPUs that take turns.
+
+    Real arithmetic on one device, simulated time; each replica has weights of its own.
+    """
+    numbers = [parse_value(number) for number in replicas.split("-")]
+    run, schedule, events = train_replicated(config, numbers)  # type: ignore[arg-type]
+    for gpu, row in enumerate(shorten(schedule, 16, "GPUs") if config["verbose"] else []):
+        ops = row if isinstance(row, str) else " ".join(f"{op.kind}{op.microbatch}" for op in row)
+        name = f"GPU{gpu} (stage {row[0].stage}): " if ops is not row else ""
+        print(textwrap.shorten(name + ops, 80, placeholder=" ..."))
+    time, used = makespan(events), utilization(events)
+    apart = [differences(weights) for weights in run.weights]
+    print(
+        f"Plan {replicas}: {count(len(schedule), 'GPU')}, {time:.10g} time units, {used:.1%} "
+        f"utilization\nLoss: {run.losses[0]:.4f} in the first batch, {run.losses[-1]:.4f} in the "
+        f"last; {run.test_accuracy:.1%} of the test images right\n"
+        f"Weight versions per stage: {format_per_gpu(run.peak_versions)}\n"
+        f"Largest difference between the weights of two replicas: {max(apart):g}"
+    )
+    if out:
+        draw_timeline(f"Plan {replicas}: {used:.1%} utilization", events, out)
+
+
+def differences(weights: Weights) -> float:
+    """The largest difference between a replica's weights and those of the first replica."""
+    first = {k.split(".", 2)[2]: w.detach() for k, w in reversed(weights.items())}
+    pairs = ((w.detach(), first[k.split(".", 2)[2]]) for k, w in weights.items())
+    return max(float((w - other).abs().max()) for w, other in pairs)
+
+
+def train_replicated(
+    config: dict, replicas: list[int], dtype: torch.dtype = torch.float32
+) -> tuple[Run, Schedule, list[Event]]:
+    """Train the config's network with 1F1B-RR for real; weights have names as in Replicas.
+
+    UserError: replicas that are not numbers, or do not share num_microbatches evenly.
+    """
+    for number in replicas:
+        check_value("a stage's replicas", number, (int, 1, 64))
+        if config["num_microbatches"] % number:
+            microbatches = f"num_microbatches={config['num_microbatches']}"
+            raise UserError(f"{microbatches} must be a multiple of {number}, a stage's replicas")
+    config = {**config, "num_stages": len(replicas), "schedule": "pipedream"}
+    check_config(config)
+    sizes = config["num_microbatches"], config["num_batches"]
+    rows = replicated(replicas, *sizes)
+    schedule = pin_versions(rows, sizes[0], config["weight_stashing"], config["vertical_sync"])
+    events = simulate(schedule, config)
+    numbers = iter(replicas)
+
+    def worker(stage: nn.Module, config: dict) -> Worker:
+        return ReplicatedWorker(stage, config, next(numbers))
+
+    return train(config, dtype, events=events, worker_class=worker), schedule, events
+
+
+# ---------------------------------------------------------------------------------------- fit
+
+NETWORK = ["layers", "hidden_size", "heads", "kv_heads", "ffn", "vocabulary", "sequence"]
+PRESETS = {  # Touvron et al. 2023 (arXiv 2307.09288), and the models' own configuration files
+    "llama-2-7b": (32, 4096, 32, 32, 11_008, 32_000, 4096),
+    "llama-2-70b": (80, 8192, 64, 8, 28_672, 32_000, 4096),
+}
+PRECISION = {"bf16": (2, 4), "fp32": (4, 0)}  # bytes of a number, and of the optimizer's copy
+OPTIMIZER = {"sgd": 0, "momentum": 4, "adam": 8}  # bytes per parameter, next to that copy
+FIT = {
+    "model": "llama-2-7b",
+    **dict.fromkeys(NETWORK),  # as in the model, unless given
+    "gpus": 8,  # one stage each
+    "num_microbatches": 32,
+    "microbatch_size": 1,  # sequences
+    "precision": "bf16",
+    "optimizer": "adam",
+    "flash_attention": True,  # False: the matrices of attention are kept
+    "memory": 80e9,  # bytes of a GPU
+}
+FIT_RULES = {
+    **dict.fromkeys([*NETWORK, "microbatch_size"], (int, 1, 10_000_000)),
+    **{"gpus": (int, 1, 256), "num_microbatches": (int, 1, 1024)},
+    **{"flash_attention": (bool,), "memory": (float, 1, 1e18)},
+}
+CHOICES: dict[str, dict] = {"model": PRESETS, "precision": PRECISION, "optimizer": OPTIMIZER}
+
+
+def check_fit(config: dict) -> None:
+    """Raise a UserError for the first wrong value."""
+    for key, value in config.items():
+        if key in CHOICES and value not in [*CHOICES[key]]:  # a list cannot be looked up
+            raise UserError(f"{key}={shown(value)} must be one of {', '.join(CHOICES[key])}")
+        if key in FIT_RULES and value is not None:
+            check_value(key, value, FIT_RULES[key])
+    net = complete(config)
+    for key, divisor in (("hidden_size", "heads"), ("heads", "kv_heads")):
+        if net[key] % net[divisor]:
+            raise UserError(f"{key}={net[key]} must be a multiple of {divisor}={net[divisor]}")
+    if net["layers"] < net["gpus"]:
+        raise UserError(f"layers={net['layers']} cannot be cut into gpus={net['gpus']} stages")
+
+
+def complete(config: dict) -> dict:
+    """The config with its model's numbers where none are given."""
+    preset = dict(zip(NETWORK, PRESETS[config["model"]], strict=True))
+    return {k: preset[k] if value is None else value for k, value in config.items()}
+
+
+def count_parameters(net: dict) -> tuple[int, int]:
+    """Of a layer of Llama 2, and of the embedding; the head has as many, and a norm.
+
+    Queries, keys, values and the projection after them; an MLP of three matrices; two norms.
+    """
+    h, keys = net["hidden_size"], net["hidden_size"] // net["heads"] * net["kv_heads"]
+    return 2 * h * h + 2 * h * keys + 3 * h * net["ffn"] + 2 * h, net["vocabulary"] * h
+
+
+def count_activations(h: int, heads: int, kv_heads: int, ffn: int, mlp: int = 4) -> int:
+    """Numbers that a layer keeps per token, from its forward to its backward.
+
+    Input and output of two norms, queries, output of attention; keys and values; a scale per norm
+    and its mean, and one per head. The MLP keeps its hidden size mlp times: 1 with ReLU, 2 with
+    GELU, 4 with SwiGLU. Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1, counts 34 h bytes
+    with GELU and ffn = 4 h: these 2 (8 h + 2 * 4 h), and 2 h of dropout, which is left out here.
+    """
+    return 6 * h + 2 * (h // heads) * kv_heads + mlp * ffn + 4 + heads
+
+
+def memory_of(net: dict, stage: int, versions: int, in_flight: int, recompute: bool) -> list[float]:
+    """Bytes on a stage's GPU: weights, gradients, optimizer, stashed weights, activations."""
+    last, tokens = net["gpus"] - 1, net["microbatch_size"] * net["sequence"]
+    layers = net["layers"] // net["gpus"] + (stage < net["layers"] % net["gpus"])
+    of_layer, embedding = count_parameters(net)
+    parameters = layers * of_layer + embedding * ((stage == 0) + (stage == last))
+    parameters += net["hidden_size"] * (stage == last)
+    size, fp32_copy = PRECISION[net["precision"]]
+    sizes = [net[key] for key in ("hidden_size", "heads", "kv_heads", "ffn")]
+    kept = layers * tokens * count_activations(*sizes)
+    if not net["flash_attention"]:  # the softmax; same section
+        kept += layers * tokens * net["sequence"] * net["heads"]
+    numbers = in_flight * tokens * net["hidden_size"] + kept if recompute else in_flight * kept
+    logits = 4 * tokens * net["vocabulary"] * (stage == last)  # fp32, of one microbatch
+    per_parameter = size, size, fp32_copy + OPTIMIZER[net["optimizer"]], size * (versions - 1)
+    return [*(parameters * each for each in per_parameter), size * numbers + logits]
+
+
+def ways_to_run(net: dict) -> Iterator[tuple[str, Schedule, bool, float]]:
+    """Name, rows, recompute, and the time of a batch in forwards of a stage, backward = 2."""
+    gpus, number = net["gpus"], net["num_microbatches"]
+    flush = {"num_stages": gpus, "num_microbatches": number, "batch_size": number, "num_batches": 1}
+    two_versions = {**flush, "num_batches": 3, "vertical_sync": True}
+    paper = {**flush, "num_microbatches": 1, "batch_size": 1, "num_batches": 2 * gpus}
+    for name, schedule, settings in (
+        ("gpipe", "gpipe", flush),
+        ("1f1b", "1f1b", flush),
+        ("zb-h1", "zb-h1", flush),
+        ("pipedream 2BW", "pipedream", two_versions),
+        ("pipedream 2019", "pipedream", paper),
+    ):
+        if settings is two_versions and number < gpus:
+            continue  # 2BW needs as many (ICML 2021, section 3.1)
+        for recompute in (False, True):
+            config = {**LAB_CONFIG, **settings, "schedule": schedule, "recompute": recompute}
+            plan = make_plan({**config, "backward_time": 2})
+            time = makespan(plan.events)
+            if schedule == "pipedream":  # once the pipeline is full, no GPU is idle
+                time = number * (4 if recompute else 3)
+            yield name + ", recompute" * recompute, plan.schedule, recompute, time
+
+
+PARTS = ["weights", "grads", "optim.", "stash", "activ."]
+
+
+def fit(config: dict) -> None:
+    """Does a transformer fit on these GPUs? With which schedule, and how fast is it?
+
+    A stage per GPU, weights in one precision, activations as in Korthikanti et al. 2022. The keys,
+    each also a flag (a number that is not given is the model's):
+    """
+    net = complete(config)
+    of_layer, embedding = count_parameters(net)
+    parameters = net["layers"] * of_layer + 2 * embedding + net["hidden_size"]
+    ideal, ways, rows = 3 * net["num_microbatches"], {}, [["", *PARTS, "in all", "time"]]
+    for name, schedule, recompute, length in ways_to_run(net):
+        peaks = zip(peak_versions(schedule), peak_in_flight(schedule), strict=True)
+        ways[name] = (
+            [memory_of(net, gpu, *peak, recompute) for gpu, peak in enumerate(peaks)],
+            length,
+        )
+        fullest = max(ways[name][0], key=sum)
+        fits = "+" if sum(fullest) <= net["memory"] else " "
+        cells = [f"{part / 1e9:.1f}" for part in (*fullest, sum(fullest))]
+        rows.append([f"{fits} {name}", *cells, f"{length / ideal:.2f}"])
+    print(
+        f"{net['model']}, {parameters / 1e9:.2f} billion parameters, on {count(net['gpus'], 'GPU')}"
+        f":\n{count(net['layers'], 'layer')}, {net['precision']}, {net['optimizer']}, "
+        f"{count(net['num_microbatches'], 'microbatch')} of {net['microbatch_size']} x "
+        f"{net['sequence']:,} tokens.\n",
+        *format_table(rows),
+        FIT_LEGEND.format(net["memory"] / 1e9),
+        *(textwrap.fill(text, 80) for text in advise(net, ways)),
+        sep="\n",
+    )
+
+
+FIT_LEGEND = """\
+   GB on the fullest GPU. +: fits into {:g} GB. time: of a batch, as a multiple of
+   that without idle GPUs or recompute. PipeDream's: once the pipeline is full.
+"""
+
+
+def advise(net: dict, ways: dict[str, tuple[list[list[float]], float]]) -> list[str]:
+    """Which way to take, and what the weight versions cost next to the optimizer's state."""
+    most = {name: max(map(sum, gpus)) for name, (gpus, _) in ways.items()}
+    fitting = [name for name in ways if most[name] <= net["memory"]]
+    least = min(most, key=lambda name: most[name])
+    if not fitting:
+        text = f"Nothing fits. {least} needs least, {most[least] / 1e9:.1f} GB: use more GPUs, or"
+        text += " divide the optimizer's state among replicas (ZeRO)."
+    else:
+        best = min(fitting, key=lambda name: (ways[name][1], most[name]))
+        text = f"Take {best}: of what fits it is the fastest"
+        exact = [name for name in fitting if "pipedream" not in name]
+        if "pipedream" in best and exact:
+            sgd = min(exact, key=lambda name: (ways[name][1], most[name]))
+            slower = ways[sgd][1] / ways[best][1] - 1
+            text += f"; {sgd} takes {slower:.0%} longer, but its gradients are not stale"
+        text += "."
+    if net["gpus"] == 1:
+        return [text]
+    weights, _, optimizer, stash, _ = ways["pipedream 2019"][0][0]
+    versions = round((weights + stash) / weights)
+    stashing = f"On GPU0 PipeDream's {count(versions, 'version')} of 1/{net['gpus']} of the network"
+    stashing += f" take {(weights + stash) / 1e9:.1f} GB, about as much as a whole network."
+    if "pipedream 2BW" in ways:
+        second = ways["pipedream 2BW"][0][0][3]
+        stashing += f" 2BW adds {second / 1e9:.1f} GB of weights"
+        stashing += f" to {optimizer / 1e9:.1f} GB of the optimizer's state."
+    return [text, stashing]
+
+
+# --------------------------------------------------------------------------------------- main
+
+LEVELS = {"nargs": "+", "type": parse_value, "required": True}
+OUT = {"type": Path, "metavar": "DIR", "help": "folder for plan.png, the timeline"}
+TRAIN = {key: CONFIG[key] for key in CONFIG if key not in ("num_stages", "schedule")}
+COMMANDS: dict[str, tuple[Callable, dict, Callable, dict]] = {  # function, keys, check, flags
+    "plan": (
+        plan,
+        {},
+        lambda config: None,
+        {
+            "profile": {"type": Path, "metavar": "PROFILE"},
+            "--gpus": {**LEVELS, "metavar": "N", "help": "GPUs; or GPUs per machine, machines"},
+            "--bandwidth": {**LEVELS, "metavar": "B", "help": "bytes per second, one per level"},
+            "--straight": {"action": "store_true", "help": "one GPU per stage"},
+            "--memory": {"type": parse_value, "metavar": "BYTES", "help": "of each GPU"},
+            "--out": OUT,
+        },
+    ),
+    "train": (
+        train_plan,
+        TRAIN,
+        lambda config: None,
+        {"replicas": {"metavar": "PLAN"}, "--out": OUT},
+    ),
+    "fit": (fit, FIT, check_fit, {}),
+}
+
+
+def main() -> None:
+    name = choose_command(__doc__, COMMANDS)
+    if name:
+        command, keys, check, other = COMMANDS[name]
+        values = {key: "the model's" if keys[key] is None else keys[key] for key in keys}
+        text = f"{command.__doc__}\n" + "".join(
+            f"    --{k} {values[k]}\n" for k in FIT if k in keys
+        )
+        config, flags = parse_config(text, sys.argv[2:], keys, check, other)
+        command(config, **flags)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

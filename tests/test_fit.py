@@ -1,0 +1,220 @@
+"""Does it fit? Published parameter counts, bytes that PyTorch keeps, and the advice."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from pipedream_planner import (
+    FIT,
+    OPTIMIZER,
+    advise,
+    check_fit,
+    complete,
+    count_activations,
+    count_parameters,
+    fit,
+    memory_of,
+    ways_to_run,
+)
+from pipedream_simple import CONFIG, NUM_HEADS, UserError, build_stages, peak_versions
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    # arXiv 2307.09288; the numbers of parameters of the models as they were published
+    [("llama-2-7b", 6_738_415_616), ("llama-2-70b", 68_976_648_192)],
+)
+def test_parameters_are_those_of_the_published_models(model, published):
+    net = complete({**FIT, "model": model})
+    of_layer, embedding = count_parameters(net)
+    assert net["layers"] * of_layer + 2 * embedding + net["hidden_size"] == published
+    for gpus in (1, 2, 8, 32):  # the stages are the network, whatever the cut
+        net["gpus"] = gpus
+        weights = [memory_of(net, stage, 1, 0, False)[0] for stage in range(gpus)]
+        assert sum(weights) == 2 * published
+
+
+@pytest.mark.parametrize("hidden_size", [16, 64])
+def test_activations_are_the_bytes_that_pytorch_keeps_for_a_backward(hidden_size):
+    """The transformer of pipedream_simple.py: ReLU, an MLP as wide as the rest, no dropout."""
+    sizes = {"network": "transformer", "hidden_size": hidden_size, "layers_per_stage": 3}
+    (stage,) = build_stages({**CONFIG, **sizes, "num_stages": 1})
+    layer, tokens = stage[1], 8 * 64
+    own = {w.untyped_storage().data_ptr() for w in layer.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(torch.randn(8, 64, hidden_size, requires_grad=True))
+    width = layer.linear1.out_features
+    per_token = count_activations(hidden_size, NUM_HEADS, NUM_HEADS, width, mlp=1)
+    assert sum(kept.values()) == 4 * tokens * per_token
+
+
+def test_activations_of_a_megatron_layer_are_the_published_34_s_b_h():
+    """Korthikanti et al. 2022, equation 1: s b h (34 + 5 a s / h) bytes, of which dropout has
+    2 s b h and 3 a s^2 b / ... : its masks take 2 s b h + a s^2 b, its output 2 a s^2 b."""
+    s, b, h, a = 2048, 4, 6144, 64
+    ours = 2 * s * b * (count_activations(h, a, a, 4 * h, mlp=2) - 4 - a)  # without the scales
+    assert ours == 32 * s * b * h
+    published = s * b * h * 34 + 5 * a * s * s * b
+    dropout = 2 * s * b * h + 3 * a * s * s * b
+    assert ours + 2 * a * s * s * b == published - dropout
+    net = complete(
+        {**FIT, "layers": 1, "hidden_size": h, "heads": a, "kv_heads": a, "ffn": 4 * h, "gpus": 1}
+    )
+    net |= {"sequence": s, "microbatch_size": b}
+    with_matrix, without = (
+        memory_of({**net, "flash_attention": flash}, 0, 1, 1, False)[4] for flash in (False, True)
+    )
+    assert with_matrix - without == 2 * a * s * s * b
+
+
+@pytest.mark.parametrize("name", OPTIMIZER)
+def test_optimizer_state_is_what_pytorch_allocates(name):
+    layer = torch.nn.Linear(30, 20)
+    optimizer = {
+        "sgd": lambda w: torch.optim.SGD(w, 0.1),
+        "momentum": lambda w: torch.optim.SGD(w, 0.1, momentum=0.9),
+        "adam": lambda w: torch.optim.Adam(w, 0.1),
+    }[name](layer.parameters())
+    layer(torch.randn(3, 30)).sum().backward()
+    optimizer.step()
+    state = [t for of in optimizer.state.values() for t in of.values() if torch.is_tensor(t)]
+    size = sum(t.nbytes for t in state if t.dim())
+    number = sum(w.numel() for w in layer.parameters())
+    assert size == OPTIMIZER[name] * number
+    net = complete({**FIT, "optimizer": name, "precision": "fp32"})
+    weights, gradients, optimizer_state, *_ = memory_of(net, 1, 1, 1, False)
+    assert optimizer_state / weights == size / (4 * number)
+    assert gradients == weights
+
+
+def ways(**settings):
+    net = complete({**FIT, **settings})
+    check_fit(net)
+    return net, {name: rest for name, *rest in ways_to_run(net)}
+
+
+@pytest.mark.parametrize(("gpus", "number"), [(1, 1), (2, 8), (4, 4), (8, 32), (5, 2)])
+def test_times_are_the_closed_forms(gpus, number):
+    _, found = ways(gpus=gpus, num_microbatches=number)
+    times = {name: time for name, (_, _, time) in found.items()}
+    for name in ("gpipe", "1f1b"):
+        assert times[name] == 3 * (number + gpus - 1)
+        assert times[f"{name}, recompute"] == 4 * (number + gpus - 1)
+    if number >= gpus:
+        assert times["zb-h1"] == 3 * number + gpus - 1
+    assert ("pipedream 2BW" in times) == (number >= gpus)
+    for name in ["pipedream 2019", *(["pipedream 2BW"] if number >= gpus else [])]:
+        assert times[name] == 3 * number
+        assert times[f"{name}, recompute"] == 4 * number
+
+
+def test_stashing_s_versions_of_an_s_th_costs_a_whole_network_and_2bw_one_more():
+    """Of layers only: S versions of L / S layers are L layers."""
+    net = complete({**FIT, "vocabulary": 1, "gpus": 8})
+    of_layer, _ = count_parameters(net)
+    _, found = ways(gpus=8)
+    weights, _, _, stash, _ = memory_of(net, 0, 8, 8, False)
+    assert weights + stash == pytest.approx(2 * net["layers"] * of_layer, rel=1e-4)
+    assert peak_versions(found["pipedream 2019"][0]) == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert peak_versions(found["pipedream 2BW"][0]) == [2] * 8
+    assert peak_versions(found["1f1b"][0]) == [1] * 8
+
+
+def test_recompute_keeps_inputs_and_one_microbatch():
+    net = complete({**FIT, "gpus": 4, "vocabulary": 1})
+    tokens, layers = 4096, 8
+    whole = 2 * layers * tokens * count_activations(4096, 32, 32, 11_008)
+    for in_flight in (1, 4, 32):
+        assert memory_of(net, 1, 1, in_flight, False)[4] == in_flight * whole
+        kept = memory_of(net, 1, 1, in_flight, True)[4]
+        assert kept == whole + in_flight * 2 * tokens * 4096
+
+
+def table(text):
+    """{name: (+ or not, the numbers)} of a printed table."""
+    rows = re.findall(
+        r"^([+ ]) ((?:gpipe|1f1b|zb-h1|pipedream)\S*(?: \S+)*?)  +([\d. ]+)$", text, re.M
+    )
+    return {name: (mark == "+", [float(x) for x in cells.split()]) for mark, name, cells in rows}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"memory": 30e9},
+        {"memory": 1e9},
+        {"model": "llama-2-70b", "gpus": 16},
+        {"model": "llama-2-70b", "gpus": 40, "num_microbatches": 64},
+        {"optimizer": "sgd", "precision": "fp32", "gpus": 3, "num_microbatches": 1},
+    ],
+)
+def test_the_advice_follows_from_the_table(flags, capsys):
+    fit({**FIT, **flags})
+    out = capsys.readouterr().out
+    found = table(out)
+    small = flags.get("num_microbatches", 32) < flags.get("gpus", 8)
+    assert len(found) == 10 - 2 * small
+    assert all(len(line) <= 80 for line in out.splitlines())
+    memory = {**FIT, **flags}["memory"] / 1e9
+    for fits, numbers in found.values():
+        *parts, in_all, _ = numbers
+        assert sum(parts) == pytest.approx(in_all, abs=0.3)  # each is rounded
+        assert fits == (in_all <= memory) or abs(in_all - memory) < 0.1
+    fitting = {name: numbers for name, (fits, numbers) in found.items() if fits}
+    text = " ".join(out.split())
+    if not fitting:
+        least = min(found, key=lambda name: found[name][1][-2])
+        assert f"Nothing fits. {least} needs least, {found[least][1][-2]:.1f} GB" in text
+    else:
+        best = min(fitting, key=lambda name: (fitting[name][-1], fitting[name][-2]))
+        assert f"Take {best}: of what fits it is the fastest" in text
+
+
+def test_the_advice_does_not_hide_that_2bw_is_stale():
+    net, _ = ways()
+    found = {name: ([[1.0] * 5], time) for name, (_, _, time) in ways()[1].items()}
+    text = advise(net, found)[0]
+    assert "gradients are not stale" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model llama-3", "model='llama-3' must be one of llama-2-7b, llama-2-70b"),
+        ("--gpus 33", "layers=32 cannot be cut into gpus=33 stages"),
+        ("--gpus 0", "gpus=0 must be a whole number from 1 to 256"),
+        ("--heads 33", "hidden_size=4096 must be a multiple of heads=33"),
+        ("--kv_heads 5", "heads=32 must be a multiple of kv_heads=5"),
+        ("--optimizer adamw", "optimizer='adamw' must be one of sgd, momentum, adam"),
+        ("--precision fp8", "precision='fp8' must be one of bf16, fp32"),
+        ("--memory nan", "memory='nan' must be a number"),
+        ("--memory 0", "memory=0 must be a number"),
+        ("--layers 1.5", "layers=1.5 must be a whole number"),
+        ("--model [1]", "model=[1] must be one of"),
+        ("--flash_attention 1", "flash_attention=1 must be True or False"),
+        ("--layer 3", "unknown flag '--layer'"),
+    ],
+)
+def test_bad_input_gets_one_line(flags, message):
+    command = [sys.executable, "pipedream_planner.py", "fit", *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert isinstance(UserError("x"), ValueError)

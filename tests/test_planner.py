@@ -1,0 +1,553 @@
+"""The planner: published plans digit by digit, brute force, profiles, memory, and bad input."""
+
+import itertools
+import math
+import re
+import subprocess
+import sys
+import time
+import tracemalloc
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pipedream_planner
+from pipedream_planner import (
+    COLUMNS,
+    COMMANDS,
+    Layer,
+    best_plan,
+    count_in_flight,
+    main,
+    read_profile,
+)
+from pipedream_simple import UserError, run_main
+
+SCRIPT = Path(pipedream_planner.__file__)
+
+# ------------------------------------------------------------------------- published profiles
+#
+# Figures of profiler/*/profiles/*/graph.txt in the authors' repository, msr-fiddle/pipedream (MIT
+# licence): node 1, node 2, ... Each node: kind, forward ms, backward ms, bytes of its output (or a
+# list), bytes of its weights. vgg16 and alexnet feed each node into the next, and one shortcut.
+
+VGG16 = """\
+Input 17.972 0 77070336 0 | Conv2d 22.307 24.613 1644167168 7168 | ReLU 4.446 5.553 1644167168 0 |
+Conv2d 46.201 113.330 1644167168 147712 | ReLU 4.455 5.311 1644167168 0 |
+MaxPool2d 3.795 5.579 411041792 0 | Conv2d 15.155 39.648 822083584 295424 |
+ReLU 2.359 2.738 822083584 0 | Conv2d 22.062 53.379 822083584 590336 |
+ReLU 2.513 2.620 822083584 0 | MaxPool2d 2.211 2.788 205520896 0 |
+Conv2d 10.814 18.335 411041792 1180672 | ReLU 1.377 1.380 411041792 0 |
+Conv2d 17.458 27.023 411041792 2360320 | ReLU 1.640 1.463 411041792 0 |
+Conv2d 14.245 33.888 411041792 2360320 | ReLU 1.549 1.321 411041792 0 |
+MaxPool2d 1.169 1.513 102760448 0 | Conv2d 9.249 14.574 205520896 4720640 |
+ReLU 1.026 0.696 205520896 0 | Conv2d 15.359 21.900 205520896 9439232 |
+ReLU 0.848 0.679 205520896 0 | Conv2d 11.775 28.670 205520896 9439232 |
+ReLU 0.881 0.642 205520896 0 | MaxPool2d 0.802 0.781 51380224 0 |
+Conv2d 5.608 7.381 51380224 9439232 | ReLU 0.784 0.266 51380224 0 |
+Conv2d 4.070 7.396 51380224 9439232 | ReLU 0.463 0.190 51380224 0 |
+Conv2d 4.042 8.648 51380224 9439232 | ReLU 0.455 0.175 51380224 0 |
+MaxPool2d 0.553 0.234 12845056 0 | Size 0 0 4 0 | View 0 0 12845056 0 |
+Linear 2.475 4.575 2097152 411058176 | ReLU 0.377 0.030 2097152 0 | Dropout 0 0 2097152 0 |
+Linear 0.709 0.734 2097152 67125248 | ReLU 0.277 0.032 2097152 0 | Dropout 0 0 2097152 0 |
+Linear 0.393 0.548 512000 16388000
+"""
+ALEXNET = """\
+Input 635.902 0 154140672 0 | Conv2d 22.316 6.405 198246400 93184 | ReLU 0.813 0.733 198246400 0 |
+MaxPool2d 0.756 1.148 47775744 0 | Conv2d 3.128 5.612 143327232 1229568 |
+ReLU 0.811 0.524 143327232 0 | MaxPool2d 0.579 0.861 33226752 0 |
+Conv2d 3.260 6.610 66453504 2655744 | ReLU 0.427 0.269 66453504 0 |
+Conv2d 4.423 7.197 44302336 3539968 | ReLU 0.539 0.188 44302336 0 |
+Conv2d 2.815 5.497 44302336 2360320 | ReLU 0.524 0.176 44302336 0 |
+MaxPool2d 0.391 0.306 9437184 0 | Size 0 0 4 0 | View 0 0 9437184 0 | Dropout 0 0 9437184 0 |
+Linear 1.737 3.072 4194304 151011328 | ReLU 0.471 0.039 4194304 0 | Dropout 0 0 4194304 0 |
+Linear 1.075 1.366 4194304 67125248 | ReLU 0.283 0.043 4194304 0 |
+Linear 0.453 0.474 1024000 16388000
+"""
+GNMT = """\
+Input0 0 0 0 0 | Input1 0 0 0 0 | Input2 0 0 0 0 | Embedding 0.073 6.949 6291456 132382720 |
+EmuBidirLSTM 5.247 0.016 12582912 67174400 | Dropout 0.077 0.196 12582912 0 |
+LSTM 3.190 5.348 [6291456;131072;131072] 50364416 | getitem 0 0 6291456 0 |
+getitem 0 0 131072 0 | Dropout 0.064 0.128 6291456 0 |
+LSTM 2.491 4.203 [6291456;131072;131072] 33587200 | getitem 0 0 6291456 0 |
+getitem 0 0 131072 0 | Add 0 0 6291456 0 | Dropout 0.059 0.121 6291456 0 |
+LSTM 2.492 4.201 [6291456;131072;131072] 33587200 | getitem 0 0 6291456 0 |
+getitem 0 0 131072 0 | Add 0 0 6291456 0 | hidden 0 0 0 0 |
+Embedding 0.066 0.328 6291456 132382720 | getitem 0 0 0 0 |
+RecurrentAttention 4.546 6.141 [6160384;131072;131072;6160384;288768] 41979904 |
+getitem 0 0 6160384 0 | getitem 0 0 131072 0 | getitem 0 0 131072 0 |
+getitem 0 0 6160384 0 | Dropout 0.058 0.176 6160384 0 | Concat 0 0 6160384 0 |
+getitem 0 0 0 0 | LSTM 3.151 5.288 [6160384;131072;131072] 50364416 |
+getitem 0 0 6160384 0 | getitem 0 0 131072 0 | Dropout 0.061 0.174 6160384 0 |
+Concat 0 0 6160384 0 | getitem 0 0 0 0 | LSTM 3.145 5.306 [6160384;131072;131072] 50364416 |
+getitem 0 0 6160384 0 | getitem 0 0 131072 0 | Add 0 0 6160384 0 |
+Dropout 0.055 0.198 6160384 0 | Concat 0 0 6160384 0 | getitem 0 0 0 0 |
+LSTM 3.149 15.883 [6160384;131072;131072] 50364416 | getitem 0 0 6160384 0 |
+getitem 0 0 131072 0 | Add 0 0 6160384 0 | Classifier 5.609 1.227 194437120 132512000
+"""
+GNMT_EDGES = """\
+1-4 4-5 2-5 5-6 6-7 7-8 7-9 8-10 10-11 11-12 11-13 12-14 8-14 14-15 15-16 16-17 16-18 17-19 14-19
+3-21 20-22 21-23 22-23 19-23 2-23 23-24 23-25 23-26 23-27 24-28 28-29 26-29 20-30 29-31 30-31 31-32
+31-33 32-34 34-35 26-35 20-36 35-37 36-37 37-38 37-39 38-40 32-40 40-41 41-42 26-42 20-43 42-44
+43-44 44-45 44-46 45-47 40-47 47-48"""
+
+
+def graph(nodes, edges):
+    """A profile as PipeDream's profiler writes it."""
+    lines = []
+    for number, node in enumerate(nodes.split("|"), start=1):
+        kind, forward, backward, activation, weights = node.split()
+        lines.append(
+            f"node{number} -- {kind}(inplace) -- forward_compute_time={forward}, "
+            f"backward_compute_time={backward}, activation_size={activation.replace(';', '; ')}, "
+            f"parameter_size={weights}"
+        )
+    return "\n".join([*lines[::-1], *(f"\tnode{a} -- node{b}" for a, b in edges)])  # in any order
+
+
+def row(nodes, *shortcuts):
+    return graph(nodes, [*itertools.pairwise(range(1, nodes.count("|") + 2)), *shortcuts])
+
+
+PROFILES = {
+    "vgg16": row(VGG16, (32, 34)),
+    "alexnet": row(ALEXNET, (14, 16)),
+    "gnmt": graph(GNMT, [edge.split("-") for edge in GNMT_EDGES.split()]),
+}
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """The path of a file with that text, or with that published profile."""
+
+    def write(text, name="profile.txt"):
+        (tmp_path / name).write_text(PROFILES.get(text, text))
+        return tmp_path / name
+
+    return write
+
+
+# What optimizer/optimizer_graph_hierarchical.py in that repository prints with
+# --activation_compression_ratio 1, and -s for straight: GPUs, bytes/s, speed-up over one GPU, data
+# parallelism's, plan, seconds of the slowest stage, and the layers at which it cuts.
+PUBLISHED = [
+    ("vgg16", 4, 1e9, False, "3.27", "1.15", "3-1", "0.205520896", [17]),
+    ("vgg16", 8, 1e9, False, "6.48", "2.06", "7-1", "0.103833170", [24]),
+    ("vgg16", 16, 3.125e9, False, "14.77", "8.05", "15-1", "0.045524808", [25]),
+    ("vgg16", 4, 1e9, True, "1.64", "1.15", "1-1-1-1", None, None),
+    ("alexnet", 4, 1e9, False, "2.49", "0.42", "3-1", "0.034217141", [16]),
+    ("alexnet", 16, 1.25e9, False, "5.65", "1.67", "15-1", "0.015099494", [16]),
+    ("gnmt", 4, 1e9, False, "3.46", "0.15", "1-1-1-1", "0.025868000", None),
+]
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda p: f"{p[0]}-{p[1]}-{p[3]}")
+def test_the_published_plans_come_out_digit_by_digit(profile, published):
+    name, gpus, bandwidth, straight, speed_up, data_parallel, stages, seconds, cuts = published
+    plan = best_plan(read_profile(profile(name)), [gpus], [bandwidth], straight)
+    slowest = plan.slowest.seconds
+    assert "-".join(str(stage.replicas) for stage in plan.stages) == stages
+    assert f"{plan.one_gpu / slowest:.2f}" == speed_up
+    assert f"{plan.one_gpu / plan.data_parallel:.2f}" == data_parallel
+    assert seconds in (None, f"{slowest:.9f}")
+    assert cuts in (None, [stage.first for stage in plan.stages[1:]])
+
+
+def test_gnmt_is_straight_with_and_without_the_flag(profile):
+    layers = read_profile(profile("gnmt"))
+    assert best_plan(layers, [4], [1e9]) == best_plan(layers, [4], [1e9], straight=True)
+
+
+# -------------------------------------------------------------------------------- brute force
+
+
+def plans(first, last, gpus, straight):
+    """Every plan for these layers: lists of (first, last, replicas per level, place of its unit).
+
+    place has the number of the part on the highest level, then of the part within it, and so on.
+    """
+    *lower, units = gpus
+    for count in range(1, min(units, last - first + 1) + 1):
+        for cuts in itertools.combinations(range(first + 1, last + 1), count - 1):
+            bounds = [*itertools.pairwise([first, *cuts, last + 1])]
+            for sizes in itertools.product(range(1, units + 1), repeat=count):
+                if sum(sizes) != units or (straight and max(sizes) > 1):
+                    continue
+                parts = []
+                for number, ((start, end), m) in enumerate(zip(bounds, sizes, strict=True)):
+                    inside = plans(start, end - 1, lower, straight)
+                    if not lower:
+                        inside = [[(start, end - 1, (), ())]]
+                    parts.append(
+                        [
+                            [(a, b, (*levels, m), (number, *place)) for a, b, levels, place in way]
+                            for way in inside
+                        ]
+                    )
+                for ways in itertools.product(*parts):
+                    yield [stage for way in ways for stage in way]
+
+
+def costs_of(layers, stages, bandwidths):
+    """Of each stage in exact arithmetic: compute, all-reduce, transfer, in flight, bytes kept."""
+    top, costs = len(bandwidths) - 1, []
+    for number, (first, last, levels, place) in enumerate(stages):
+        part = layers[first : last + 1]
+        replicas = Fraction(math.prod(levels))
+        weights = sum(Fraction(layer.weights) for layer in part)
+        compute = sum(Fraction(layer.forward) + Fraction(layer.backward) for layer in part)
+        # Once per round in which each replica has had a minibatch: m - 1 shares of 1 / m, sent and
+        # received, when gradients are added up and when the sums are handed out.
+        rounds = sum(
+            4 * weights / m * (m - 1) / Fraction(bandwidth)
+            for m, bandwidth in zip(levels, bandwidths, strict=True)
+        )
+        transfer = Fraction(0)
+        for neighbor, layer in ((number - 1, first - 1), (number + 1, last)):
+            if 0 <= neighbor < len(stages):
+                other = stages[neighbor][3]
+                differs = next(d for d in range(len(place)) if place[d] != other[d])
+                for level in range(top - differs + 1):  # up to the level at which they part
+                    links = math.prod(levels[level:])
+                    size = layers[layer].activation * 2
+                    transfer = max(transfer, Fraction(size) / Fraction(bandwidths[level]) / links)
+        from_here = sum(math.prod(stage[2]) for stage in stages[number:])
+        in_flight = -(-from_here // int(replicas))
+        kept = in_flight * sum(
+            Fraction(layer.weights) + Fraction(layer.activation) for layer in part
+        )
+        costs.append((compute / replicas, rounds / replicas, transfer, in_flight, kept))
+    return costs
+
+
+def seconds_of(costs):
+    return max(max(compute + reduce, transfer) for compute, reduce, transfer, _, _ in costs)
+
+
+def check_against_brute_force(layers, gpus, bandwidths, straight, memory):
+    allowed = {}
+    for stages in plans(0, len(layers) - 1, gpus, straight):
+        costs = costs_of(layers, stages, bandwidths)
+        if memory is None or all(kept <= memory for *_, kept in costs):
+            key = tuple(stage[:3] for stage in stages)
+            allowed[key] = costs
+    if not allowed:
+        with pytest.raises(UserError, match=r"nothing fits|cannot be cut"):
+            best_plan(layers, gpus, bandwidths, straight, memory)
+        return
+    plan = best_plan(layers, gpus, bandwidths, straight, memory)
+    fastest = min(map(seconds_of, allowed.values()))
+    equal = [key for key, costs in allowed.items() if seconds_of(costs) == fastest]
+    found = tuple(stage[:3] for stage in plan.stages)
+    assert found in equal
+    assert len(found) == min(map(len, equal))
+    assert plan.slowest.seconds == pytest.approx(float(fastest), rel=1e-12)
+    for stage, costs in zip(plan.stages, allowed[found], strict=True):
+        assert stage[3:] == pytest.approx([float(cost) for cost in costs], rel=1e-12, abs=1e-15)
+
+
+numbers = st.integers(0, 9)
+chains = st.lists(st.tuples(st.integers(1, 9), numbers, numbers, numbers), min_size=1, max_size=6)
+machines = st.lists(st.integers(1, 3), min_size=1, max_size=3).filter(lambda g: math.prod(g) <= 8)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    chains,
+    machines | st.tuples(st.integers(1, 7)).map(list),
+    st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    st.booleans(),
+    st.none() | st.integers(1, 120),
+)
+def test_no_plan_is_faster_nor_has_fewer_stages(chain, gpus, bandwidths, straight, memory):
+    layers = [Layer(f"layer {i}", *map(float, costs)) for i, costs in enumerate(chain)]
+    check_against_brute_force(layers, gpus, bandwidths[: len(gpus)], straight, memory)
+
+
+def test_memory_is_searched_exactly_where_it_rules_out_the_fastest_plans():
+    """Random limits between the least that any plan needs and what the fastest plan needs."""
+    generator, ruled_out = np.random.default_rng(0), 0
+    for gpus in ([5], [2, 3], [3, 2], [2, 2, 2]):
+        for _ in range(6):
+            numbers = generator.integers(1, 20, size=(5, 4)).tolist()
+            layers = [Layer("", *map(float, costs)) for costs in numbers]
+            bandwidths = [20, 10, 5][: len(gpus)]
+            free = best_plan(layers, gpus, bandwidths)
+            needed = max(stage.bytes for stage in free.stages)
+            for memory in (needed, needed - 1, 0.8 * needed, 0.6 * needed):
+                check_against_brute_force(layers, gpus, bandwidths, False, memory)
+                ruled_out += memory < needed
+    assert ruled_out == 3 * 24
+
+
+# ------------------------------------------------------------------- what the model says
+
+
+def test_noam_is_that_of_the_paper():
+    """Section 3.2: four stages admit 4 minibatches; 2-1 (figure 8) ceil(3 / 2) per replica."""
+    layers = [Layer("", 1.0, 1.0, 0.0, 0.0)] * 4
+    straight = best_plan(layers, [4], [1e9], straight=True)
+    assert [stage.in_flight for stage in straight.stages] == [4, 3, 2, 1]
+    assert count_in_flight(replicas=2, behind=1) == 2
+
+
+def test_data_parallelism_is_a_plan_where_it_wins(profile, program):
+    file = profile("\n".join([",".join(COLUMNS), "a,1,2,4e6,1000", "b,3,1,4e6,2000"]), "my.csv")
+    status, out, _ = program("plan", file, "--gpus", 16, "--bandwidth", 1e9)
+    assert status == 0
+    assert "\nPlan: 16\n" in f"\n{out}"
+    assert "Data parallelism is the best plan" in out
+
+
+def test_levels_of_equal_replicas_are_data_parallelism_on_all_gpus():
+    """8 GPUs, then 2 machines: 4 * 7/8 * W / B0 and 4 * 1/2 * W / B1, every 16 minibatches."""
+    plan = best_plan([Layer("", 1.0, 2.0, 0.0, 5.0)], [8, 2], [7, 10])
+    assert plan.stages[0].levels == (8, 2)
+    assert plan.data_parallel == plan.slowest.seconds == pytest.approx((3 + 2.5 + 1) / 16)
+
+
+def test_a_later_stage_keeps_fewer_versions_and_memory_moves_the_cut():
+    """Ten equal layers on two GPUs: the first keeps two versions, so it must get fewer layers."""
+    layers = [Layer("", 1.0, 1.0, 1.0, 9.0)] * 10
+    assert [stage.bytes for stage in best_plan(layers, [2], [1e9], True).stages] == [100, 50]
+    tight = best_plan(layers, [2], [1e9], straight=True, memory=70)
+    assert [(stage.first, stage.last) for stage in tight.stages] == [(0, 2), (3, 9)]
+    with pytest.raises(UserError, match="nothing fits"):
+        best_plan(layers, [2], [1e9], straight=True, memory=59)
+
+
+# ------------------------------------------------------------------------------------ profiles
+
+
+def test_inputs_cost_nothing_and_a_list_of_sizes_is_added_up(profile):
+    layers = read_profile(profile("gnmt"))
+    assert len(layers) == 48 - 3
+    assert layers[3].activation == 6291456 + 131072 + 131072
+    assert [layer.name for layer in layers[:2]] == ["Embedding(inplace)", "EmuBidirLSTM(inplace)"]
+
+
+graphs = st.integers(2, 9).flatmap(
+    lambda n: st.tuples(
+        st.permutations(range(n)),
+        st.sets(
+            st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).filter(lambda e: e[0] < e[1])
+        ),
+    )
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(graphs)
+def test_a_cut_sends_each_output_that_is_needed_behind_it_once(tmp_path_factory, graph_of):
+    """On random graphs, whose ids say nothing about the order. Node i has 2**i bytes."""
+    ids, edges = graph_of
+    nodes = "|".join(f"n 1 1 {2 ** ids.index(i)} 0" for i in range(len(ids)))
+    text = graph(nodes, [(ids[a] + 1, ids[b] + 1) for a, b in edges])
+    file = tmp_path_factory.getbasetemp() / "graph.txt"
+    file.write_text(text)
+    layers = read_profile(file)
+    order = [int(math.log2(layer.activation)) for layer in layers]
+    assert sorted(order) == list(range(len(ids)))
+    assert all(order.index(a) < order.index(b) for a, b in edges)
+    for i, layer in enumerate(layers):
+        crossing = {a for a, b in edges if a in order[: i + 1] and b in order[i + 1 :]}
+        assert layer.sent == sum(2**a for a in crossing)
+
+
+def test_a_csv_file_says_the_same_as_the_profile_of_a_chain(profile):
+    lines = [",".join(COLUMNS)]
+    for node in VGG16.split("|")[1:31]:
+        kind, *costs = node.split()
+        lines.append(",".join([f'"{kind}(inplace)"', *costs]))
+    chain = read_profile(profile("\n".join(lines), "my.csv"))
+    of_graph = read_profile(profile(row("|".join(VGG16.split("|")[:31]))))
+    both = [best_plan(layers, [8], [1e9]) for layers in (chain, of_graph)]
+    assert both[0] == both[1]
+    assert [layer[:5] for layer in chain] == [layer[:5] for layer in of_graph]
+
+
+# -------------------------------------------------------------------------- time and progress
+
+
+def uneven(num_layers):
+    generator = np.random.default_rng(1)
+    numbers = generator.uniform(0, [0.01, 0.01, 1e8, 1e6], size=(num_layers, 4)).tolist()
+    return [Layer("", *costs) for costs in numbers]
+
+
+def test_planning_takes_seconds_and_little_memory(profile):
+    """VGG-16 on 16 GPUs below 1 s; a network as long as ResNet-50 on two machines below 10 s."""
+    start = time.process_time()
+    best_plan(read_profile(profile("vgg16")), [16], [3.125e9])
+    assert time.process_time() - start < 1
+    tracemalloc.start()
+    start = time.process_time()
+    best_plan(uneven(176), [8, 2], [3e10, 3.125e9])
+    assert time.process_time() - start < 20  # 10 s; tracemalloc doubles the time at worst
+    assert tracemalloc.get_traced_memory()[1] < 8 * 176**2 * 6 * (8 + 2)
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("gpus", "memory"), [([6], None), ([3, 2], None), ([2, 2, 2], 1e10)])
+def test_progress_goes_from_nothing_to_all(gpus, memory):
+    shares = []
+    best_plan(uneven(9), gpus, [1e9] * len(gpus), memory=memory, progress=shares.append)
+    assert shares == sorted(shares)
+    assert shares[0] < 0.2
+    assert shares[-1] == 1
+
+
+def test_long_searches_say_how_far_they_are(profile, program, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    status, out, err = program("plan", profile("vgg16"), "--gpus", 8, "--bandwidth", 1e9)
+    assert (status, out.splitlines()[0]) == (0, "Plan: 7-1")
+    assert all(re.fullmatch(r"searched \d+%", line) for line in err.splitlines())
+    assert err
+
+
+# ----------------------------------------------------------------------------------- command
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pipedream_planner.py", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "80")
+        status = run_main(main)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_the_script_prints_the_plan(profile):
+    command = [sys.executable, SCRIPT, "plan", profile("vgg16"), "--gpus", "16"]
+    done = subprocess.run([*command, "--bandwidth", "3.125e9"], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert lines[:2] == ["Plan: 15-1", "Slowest: 0.045524808 s per minibatch"]
+    assert "Speed-up over one GPU (0.672535000 s): 14.77x" in lines
+    assert "Speed-up of data parallelism over one GPU: 8.05x" in lines
+    assert max(map(len, lines)) <= 80
+    failed = subprocess.run([*command, "--bandwidth", "0"], capture_output=True, text=True)
+    assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["vgg16", "--gpus", 16, "--bandwidth", 3.125e9],
+        ["vgg16", "--gpus", 8, 2, "--bandwidth", 3e10, 3.125e9],
+        ["gnmt", "--gpus", 8, 2, "--bandwidth", 3e10, 3.125e9, "--memory", 4e9],
+        ["alexnet", "--gpus", 20, "--bandwidth", 1e9, "--straight"],
+    ],
+)
+def test_the_table_adds_up_and_fits_on_80_columns(profile, program, flags):
+    """Each stage: GPUs and layers, all of them once, and the plan's first line."""
+    status, out, err = program("plan", profile(flags[0]), *flags[1:])
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    rows = [re.split("  +", line) for line in out.splitlines() if re.match(r"\d", line)]
+    end = flags.index("--bandwidth")
+    gpus = [math.prod(map(int, row[1].split("x"))) for row in rows]
+    assert out.startswith(f"Plan: {'-'.join(map(str, gpus))}\n")
+    assert sum(gpus) == math.prod(flags[2:end])
+    bounds = [tuple(map(int, row[2].split("-"))) for row in rows]
+    assert all(a[1] + 1 == b[0] for a, b in itertools.pairwise(bounds))
+    slowest = float(re.search(r"Slowest: (\d+\.\d{9}) s per minibatch", out)[1])
+    for row in rows:
+        computing, all_reduce, transfer, in_all = map(float, row[3:7])
+        assert in_all == pytest.approx(max(computing + all_reduce, transfer), rel=0.001)
+    assert max(float(row[6]) for row in rows) == pytest.approx(1000 * slowest, rel=0.001)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(monkeypatch, capsys, command):
+    monkeypatch.setattr(sys, "argv", ["pipedream_planner.py", command, "--help"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 0
+    out = capsys.readouterr().out
+    assert COMMANDS[command][0].__doc__.split("\n")[0] in out
+    assert "CONFIG" not in out  # it has no such flags
+
+
+CYCLE = row("n 1 1 4 4 | n 1 1 4 4 | n 1 1 4 4", (3, 2))
+ALL = ("--gpus", 4, "--bandwidth", 1e9)
+CSV = ",".join(COLUMNS)
+BAD = {  # text of the profile, flags, what the one line must name
+    "cycle": (CYCLE, ALL, "cycle"),
+    "self": (row("n 1 1 4 4", (1, 1)), ALL, "cycle"),
+    "unknown node": (row("n 1 1 4 4", (1, 2)), ALL, "node2"),
+    "twice": (row("n 1 1 4 4") + "\n" + row("n 1 1 4 4"), ALL, "node1"),
+    "empty": ("", ALL, "no layers"),
+    "only inputs": (row("Input 1 1 4 4"), ALL, "no layers"),
+    "prose": ("What is this?", ALL, "line 1"),
+    "no time": (row("n 0 0 4 4"), ALL, "no layer takes any time"),
+    "negative": (row("n -1 1 4 4"), ALL, "forward_compute_time=-1"),
+    "nan": (row("n 1 nan 4 4"), ALL, "backward_compute_time='nan'"),
+    "broken list": (row("n 1 1 [4;x] 4"), ALL, "activation_size=' x'"),
+    "missing cost": ("node1 -- n -- forward_compute_time=1", ALL, "backward_compute_time"),
+    "csv cells": (f"{CSV}\na,1,2,3", ALL, "line 2 has 4 cells"),
+    "csv text": (f"{CSV}\na,1,2,3,many", ALL, "weight_bytes='many'"),
+    "csv empty": (CSV, ALL, "no layers"),
+    "csv header": ("layer,forward_ms\na,1", ALL, "line 1"),
+    "no gpus": ("vgg16", ("--gpus", 0, "--bandwidth", 1e9), "gpus=0"),
+    "half a gpu": ("vgg16", ("--gpus", 1.5, "--bandwidth", 1e9), "gpus=1.5"),
+    "a list": ("vgg16", ("--gpus", "8,2", "--bandwidth", 1e9), "gpus=[8, 2]"),
+    "no bandwidth": ("vgg16", ("--gpus", 4, "--bandwidth", 0), "bandwidth=0"),
+    "text": ("vgg16", ("--gpus", 4, "--bandwidth", "fast"), "bandwidth='fast'"),
+    "levels": ("vgg16", ("--gpus", 4, 2, "--bandwidth", 1e9), "levels"),
+    "left out": ("vgg16", ("--gpus", 4), "--bandwidth"),
+    "unknown flag": ("vgg16", (*ALL, "--fast"), "--fast"),
+    "too straight": ("vgg16", ("--gpus", 41, "--bandwidth", 1e9, "--straight"), "40 layers"),
+    "too many": ("vgg16", ("--gpus", 9999, 9999, "--bandwidth", 1, 1), "GPUs"),
+    "nothing fits": ("vgg16", (*ALL, "--memory", 1e6), "nothing fits"),
+    "no memory": ("vgg16", (*ALL, "--memory", 0), "memory=0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line(profile, program, case):
+    text, flags, named = BAD[case]
+    status, out, err = program("plan", profile(text), *flags)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert named in err
+    assert len(err) < 600
+
+
+@pytest.mark.parametrize("arguments", [["nope"], ["pla"], ["plan"], ["plan", "none.txt", *ALL]])
+def test_a_bad_command_or_file_gets_one_line(program, arguments):
+    status, out, err = program(*arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+def test_a_file_that_is_no_text_or_a_folder_gets_one_line(program, tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path, tmp_path / "bytes"):
+        status, out, err = program("plan", path, *ALL)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ([Layer("a", math.nan, 1.0, 1.0, 1.0)], [2], [1e9]),
+        ([Layer("a", 1.0, 1.0, -1.0, 1.0)], [2], [1e9]),
+        ([Layer("a", 1.0, 1.0, 1.0, 1.0, sent="much")], [2], [1e9]),
+        ([], [2], [1e9]),
+        ([Layer("a", 1.0, 1.0, 1.0, 1.0)], 2, 1e9),
+        ([Layer("a", 1.0, 1.0, 1.0, 1.0)], [], []),
+        ([Layer("a", 1.0, 1.0, 1.0, 1.0)], [True], [1e9]),
+        ([Layer("a", 1.0, 1.0, 1.0, 1.0)], [2], [math.inf]),
+        ([Layer("a", 1.0, 1.0, 1.0, 1.0)], [2], [1e9], True),
+        ([Layer("a", 1.0, 1.0, 1.0, 1.0)], [2], [1e9], False, "16GB"),
+    ],
+)
+def test_bad_arguments_are_user_errors_from_python_too(arguments):
+    with pytest.raises(UserError):
+        best_plan(*arguments)
