@@ -2,6 +2,8 @@
 """Which schedule? More of them, files for other tools, measured times, and memory in bytes.
 
     python pipedream_lab.py compare              every schedule on the same batches, and a picture
+    python pipedream_lab.py why                  why are the GPUs idle? or --gpu 1 --time 4
+    python pipedream_lab.py in_flight            what if each GPU ran one more forward ahead?
     python pipedream_lab.py export my.csv        write a schedule as PyTorch reads it
     python pipedream_lab.py compare --schedule my.csv   read one, and compare it with ours
     python pipedream_lab.py profile              how long do the stages take on this device?
@@ -56,6 +58,7 @@ from pipedream_simple import (
     check_config,
     check_value,
     choose_device,
+    clock,
     count,
     dependencies,
     format_per_gpu,
@@ -72,6 +75,7 @@ from pipedream_simple import (
     per_stage,
     pin_versions,
     result_of,
+    rounded,
     run_main,
     short_name,
     shorten,
@@ -103,7 +107,7 @@ LAB_RULES = {**RULES, "chunks_per_gpu": (int, 1, 1_000_000), "in_flight": (int, 
 def interleaved(
     device: int, num_devices: int, num_microbatches: int, chunks_per_gpu: int
 ) -> Iterator[Step]:
-    """1F1B on a network that goes round: device d holds the stages d, d + D, d + 2D ...
+    """1F1B with several small stages per GPU: device d holds the stages d, d + D, d + 2D ...
 
     With V chunks per GPU a stage is 1 / V of what the GPU holds, so the pipeline fills V times as
     fast: a batch takes (V * M + D - 1) / V turns. The price is V times as many messages, and in a
@@ -639,9 +643,11 @@ def draw_plans(plans: list[Plan]):
 
 
 def critical_path(events: list[Event]) -> list[Event]:
-    """The chain of ops that sets the makespan: none of them could have started any earlier.
+    """A chain of ops that sets the makespan: none of them could have started any earlier.
 
-    Each starts when the previous one has ended, on the same GPU, or when its result arrives.
+    Each starts when the previous one has ended, on the same GPU, or when its result arrives. There
+    may be several such chains. The events' times are rounded, so that ops that follow each other
+    meet.
     """
     before = {event: (previous, needed) for event, previous, needed in dependencies(events)}
     event: Event | None = max(events, key=lambda event: event.end)
@@ -654,17 +660,18 @@ def critical_path(events: list[Event]) -> list[Event]:
 
 
 ORDER = {  # why does another op have to wait? About Idle.next {next} and the other op {other}
-    "none": "No other op of its row could run before that.",
-    "flush": "{other} could run, but belongs to the next batch, and its weights are still to come: "
-    "that is the flush.",
-    "limit": "{other} could run, but GPU{device} holds {held} in flight, the most that it ever "
-    "holds in {name}.",
-    "row": "{other} could run, but {name} puts {next} first.",
+    "none": "Nothing else is ready to run.",
+    "flush": "{other} could run{since}, but it belongs to the next batch, which waits for the "
+    "update: the flush.",
+    "limit": "{other} could run{since}, but GPU{device} already holds {held} in flight, its limit "
+    "in this schedule.",
+    "row": "{other} could run{since}, but this schedule puts {next} first.",
 }
 READS = {  # why does an op read its weight version {v}? Said of the op; {new} is the newest then
-    "fresh": "It reads v{v}, with the updates of all earlier batches, as plain SGD would.",
-    "stale": "It reads v{v}, the newest here. Plain SGD would read v{batch}: the updates between "
-    "wait for microbatches that are still in flight.",
+    "first": "It reads v{v}, the initial weights.",
+    "fresh": "It reads v{v}, up to date, as in plain SGD.",
+    "stale": "It reads v{v}, the newest here. Plain SGD would read v{batch}, but that still waits "
+    "for microbatches in flight.",
     "pinned": "It reads v{v}, which the first forward of its batch pinned, though v{new} exists.",
     "synced": "It reads v{v}, which stage 0 pinned for its batch. (The newest here is v{new}.)",
     "same": "It reads v{v}, as its forward did.",
@@ -677,13 +684,13 @@ READS = {  # why does an op read its weight version {v}? Said of the op; {new} i
 
 SAYS = {  # of an op
     "runs": "GPU{gpu} runs {op} from {start} to {end}.",
-    "needed": "It needed {op} of GPU{gpu}, done at {end}.",
-    "needed by": "It is needed by {op} of GPU{gpu}, at {start}.",
+    "needed": "Its input is from {op} of GPU{gpu}, done at {end}.",
+    "needed by": "Its result goes to {op} of GPU{gpu}, at {start}.",
 }
 
 
 def said(key: str, event: Event) -> str:
-    start, end = (f"t{time:.12g}" for time in (event.start, event.end))
+    start, end = clock(event.start), clock(event.end)
     return SAYS[key].format(gpu=event.device, op=short_name(event), start=start, end=end)
 
 
@@ -709,7 +716,7 @@ class Reasons:
                 made[op.stage] += op.kind == "U"
         self.event_of = {event.op: event for event in plan.events}
         self.held = [[0, *(held for held, _ in memory_held(row))] for row in plan.schedule]
-        self.flushes = not any(staleness(plan.schedule, plan.config["num_microbatches"]))
+        self.flushes = plan.config["schedule"] != "pipedream"
         self.forward = {op[::2]: op for op in self.place if op.kind == "F"}
 
     def order(self, idle: Idle) -> tuple[str, Event | None]:
@@ -717,7 +724,8 @@ class Reasons:
         if idle.next is None:
             return "", None
         row, place = self.plan.schedule[idle.device], self.place[idle.next.op]
-        others = (op for op in row[place + 1 :] if op.kind != "U" and self.ready[op] < idle.end)
+        start, end = tick(idle.start), tick(idle.end)
+        others = (op for op in row[place + 1 :] if op.kind != "U" and tick(self.ready[op]) < end)
         other, held = next(others, None), self.held[idle.device]
         if other is None:
             return ORDER["none"], None
@@ -726,8 +734,10 @@ class Reasons:
             key = "flush"
         elif other.kind == "F" and held[place] == max(held):
             key = "limit"
-        words = {"held": count(held[place], "microbatch"), "name": self.plan.name.strip()}
-        text = ORDER[key].format(next="{next}", other="{other}", device=idle.device, **words)
+        ready = tick(self.ready[other])
+        since = f" from {clock(ready)} on" if ready > start else ""
+        words = {"held": count(held[place], "microbatch"), "since": since, "device": idle.device}
+        text = ORDER[key].format(next="{next}", other="{other}", **words)
         return text, self.event_of[other]
 
     def reads(self, op: Op) -> str:
@@ -739,8 +749,8 @@ class Reasons:
         elif op.kind != "F":
             key = "wrong" if v != forward else "stashed" if v < new else "same"
         elif v == batch:
-            key = "fresh"
-        elif config["vertical_sync"]:
+            key = "fresh" if v else "first"
+        elif config["vertical_sync"] and v < new:
             key = "synced"
         else:
             key = "pinned" if v < new else "stale"
@@ -755,7 +765,8 @@ class Reasons:
 
 def explain(plan: Plan, device: int, time: float) -> list[str]:
     """What a GPU does at a time before the makespan, and why; if it waits, then also for whom."""
-    reasons = Reasons(plan)
+    plan = plan._replace(events=rounded(plan.events))
+    reasons, time = Reasons(plan), tick(time)
     found_at: list[Event | Idle] = [*plan.events, *idle_times(plan.events)]
 
     def at(device: int) -> Event | Idle:
@@ -777,20 +788,20 @@ def explain(plan: Plan, device: int, time: float) -> list[str]:
         if isinstance(found, Idle):
             lines.append(f"{found}.")
         else:
-            line = f"GPU{found.device} runs {short_name(found)} until t{found.end:.12g}"
+            line = f"GPU{found.device} runs {short_name(found)} until {clock(found.end)}"
             batch, later = (
                 e.op.microbatch // plan.config["num_microbatches"] for e in (found, needed)
             )
-            flush = " after the flush" if reasons.flushes and batch < later else " later"
-            lines.append(line + (f", {short_name(needed)}{flush}." if found != needed else "."))
+            then = "after the flush" if reasons.flushes and batch < later else "after that"
+            lines.append(line + (f", and {short_name(needed)} {then}." if found != needed else "."))
     return lines
 
 
 WHY_LEGEND = """\
-   Times in GPU time units. Idle: fill, before the first op of a GPU; wait, for
-   a result that another GPU has yet to make; send, for one that is on the way;
-   drain, after its last op. critical: its part of the critical path, the chain
-   of ops that sets the makespan."""
+   Times are simulated; the row "all" adds up the GPUs. Idle: fill, before the
+   first op of a GPU; wait, for a result that another GPU has yet to make; send,
+   for one that is on its way; drain, after its last op. critical: time on a
+   critical path, a chain of ops that sets the makespan."""
 
 
 def why(config: dict, gpu: int | None = None, time: float | None = None) -> None:
@@ -799,6 +810,7 @@ def why(config: dict, gpu: int | None = None, time: float | None = None) -> None
     With --gpu 0 --time 4: what that GPU does at that time, and why.
     """
     plan = make_plan(config)
+    plan = plan._replace(events=rounded(plan.events))
     over, devices = makespan(plan.events), range(len(plan.schedule))
     if (gpu is None) != (time is None):
         raise UserError("--gpu and --time go together: --gpu 0 --time 4")
@@ -827,7 +839,8 @@ def why(config: dict, gpu: int | None = None, time: float | None = None) -> None
     print(f"{plan.name}: {over:.7g} time units, {utilization(plan.events):.1%} busy")
     print("\n".join([*shorten(lines, 24, "GPUs"), total, percent, WHY_LEGEND, ""]))
 
-    table = [["The critical path", "", ""]]
+    of_stage = " (7F0: F0 on stage 7)" * (plan.config["num_stages"] > len(devices))
+    table = [[f"A critical path{of_stage}", "", ""]]
     ops = (event for event in path if event.op.kind != "U")
     for device, same in itertools.groupby(ops, key=lambda event: event.device):
         first, *more = same
@@ -838,8 +851,8 @@ def why(config: dict, gpu: int | None = None, time: float | None = None) -> None
 
 IN_FLIGHT_LEGEND = """\
    limit: in_flight, the most on GPU0; on the others it falls evenly to 1.
-   Naive holds 1 at a time, and 1f1b and pipedream num_stages unless told
-   otherwise (*). A flush holds at most the microbatches of a batch."""
+   *: the default, num_stages. A limit of 1 is naive. With a flush, a GPU never
+   holds more than the microbatches of one batch."""
 
 
 def in_flight(config: dict) -> None:
@@ -863,7 +876,7 @@ def in_flight(config: dict) -> None:
             table.append([f"{mark} {limit}", *cells, format_per_gpu(stale)])
         best = min(times, key=lambda limit: tick(times[limit]))
         print("\n".join([name, *format_table(table)]))
-        print(f"   The shortest time is reached with a limit of {best}.\n")
+        print(f"   Fastest with a limit of {best}.\n")
     print(IN_FLIGHT_LEGEND)
 
 

@@ -44,10 +44,10 @@ from pipedream_simple import (
     dependencies,
     idle_times,
     memory_held,
+    rounded,
     run_main,
     schedule_name,
     short_name,
-    tick,
     utilization,
     variant_of,
 )
@@ -95,8 +95,9 @@ def plan_data(plan: Plan) -> dict:
             the op that could have run]
     path    the ops of the critical path
     """
+    plan = plan._replace(events=rounded(plan.events))
     reasons, texts = Reasons(plan), Numbered()
-    times = sorted({tick(time) for event in plan.events for time in (event.start, event.end)})
+    times = sorted({time for event in plan.events for time in (event.start, event.end)})
     place = {time: number for number, time in enumerate(times)}
     number_of = {event: number for number, event in enumerate(plan.events)}
     held = [zip(memory_held(row), kept_versions(row), strict=True) for row in plan.schedule]
@@ -105,12 +106,12 @@ def plan_data(plan: Plan) -> dict:
         op, device, start, end = event
         (in_flight, _), kept = next(held[device])
         what = [device, short_name(event), op.kind, op.microbatch, op.version]
-        when = [place[tick(start)], place[tick(end)], number_of[needed] if needed else -1]
+        when = [place[start], place[end], number_of[needed] if needed else -1]
         why = texts.number(reasons.reads(op))
         ops.append([*what, *when, why, in_flight, texts.number(kept)])
     for gap in idle_times(plan.events):
         order, other = reasons.order(gap)
-        when = [place[tick(gap.start)], place[tick(gap.end)]]
+        when = [place[gap.start], place[gap.end]]
         named = [number_of[e] if e else -1 for e in (gap.next, gap.needed, other)]
         idle.append([gap.device, *when, gap.cause, *named[:2], texts.number(order), named[2]])
     path = [number_of[event] for event in critical_path(plan.events)]

@@ -4,6 +4,8 @@
     python pipedream_planner.py plan vgg16.txt --gpus 16 --bandwidth 3.125e9
     python pipedream_planner.py plan vgg16.txt --gpus 8 2 --bandwidth 3e10 3.125e9
     python pipedream_planner.py plan my.csv --gpus 4 --bandwidth 1e9 --straight --memory 16e9
+    python pipedream_planner.py train 2-1-1      train a plan on the digits: replicas are real
+    python pipedream_planner.py fit --gpus 8     does a 7B or 70B transformer fit? how fast is it?
 
 The second is about 2 machines with 8 GPUs each. COMMAND --help says more.
 
@@ -496,13 +498,11 @@ def plan(
     print(format_plan(found, layers))
     events, seconds = simulate_plan(found, layers)
     promised = max(stage.compute + stage.all_reduce for stage in found.stages)
-    ratio = seconds / promised
-    print(
-        f"Simulated: {seconds:.9f} s per minibatch once the pipeline is full, with 1F1B-RR and free"
-        f"\n   messages. The plan promises {promised:.9f} s without them: {ratio:.3f} times."
-    )
-    if ratio > 1.001:
-        print("   This schedule does not keep the slowest stage busy all the time.")
+    text = f"Simulated with 1F1B-RR and free messages: {seconds:.9f} s per minibatch once the "
+    text += f"pipeline is full, {seconds / promised:.3f} times what the plan promises without them."
+    if seconds > 1.001 * promised:
+        text += " This schedule does not keep the slowest stage busy all the time."
+    print(textwrap.fill(text, 80))
     if out:
         name = "-".join(str(stage.replicas) for stage in found.stages)
         draw_timeline(f"Plan {name}: {seconds:.4g} s per minibatch", events, out)
@@ -569,7 +569,7 @@ def draw_timeline(title: str, events: list[Event], out: Path) -> None:
     until = max(end for op, *_, end in events if op.kind == "U" and op.version < 3)
     width = visual.LEFT + visual.plot_width(events, until) + visual.RIGHT
     lane, top = min(60, 2400 / num_devices), 3 * visual.LINE
-    lines = ["One lane per GPU; black: all-reduce and update. Simulated, until 3 batches are done."]
+    lines = ["One lane per GPU; black: all-reduce and update. Simulated, the first 3 batches."]
     with visual.house_style():
         figure = visual.new_picture(width, top + lane * num_devices + 110, title, lines)
         axes = visual.add_lanes(figure, top, lane * num_devices, num_devices, until)
@@ -638,7 +638,7 @@ def train_plan(config: dict, replicas: str, out: Path | None = None) -> None:
     print(
         f"Plan {replicas}: {count(len(schedule), 'GPU')}, {time:.10g} time units, {used:.1%} "
         f"utilization\nLoss: {run.losses[0]:.4f} in the first batch, {run.losses[-1]:.4f} in the "
-        f"last; {run.test_accuracy:.1%} of the test images right\n"
+        f"last; test accuracy {run.test_accuracy:.1%}\n"
         f"Weight versions per stage: {format_per_gpu(run.peak_versions)}\n"
         f"Largest difference between the weights of two replicas: {max(apart):g}"
     )

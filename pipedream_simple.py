@@ -119,7 +119,7 @@ def naive(stage: int, num_stages: int, num_microbatches: int, num_batches: int) 
 
 
 def gpipe(stage: int, num_stages: int, num_microbatches: int, num_batches: int) -> Row:
-    """All forwards of the batch, then all backwards: GPU0 starts the next while GPU1 has the last.
+    """All forwards, then all backwards: GPU0 starts a microbatch while GPU1 has the previous one.
 
     A batch takes M + S - 1 turns each way instead of M * S: utilization M / (M + S - 1). The wait
     for all backwards before an update is called a flush. The price is memory: a microbatch is in
@@ -163,7 +163,7 @@ def one_f_one_b(stage: int, num_stages: int, num_microbatches: int, num_batches:
 
 
 def pipedream(stage: int, num_stages: int, num_microbatches: int, num_batches: int) -> Row:
-    """1F1B without a flush: the whole run is one stream of K microbatches.
+    """1F1B without a flush: the batches of the run are one stream of microbatches.
 
     The pipeline fills once and drains once: utilization K / (K + S - 1), closer to 1 the longer the
     run. The price is old weights: a stage updates while microbatches are in flight on it. Which
@@ -692,7 +692,7 @@ class Idle(NamedTuple):
 
     def __str__(self) -> str:
         ops = [event and short_name(event) for event in (self.next, self.needed)]
-        sender, until = self.needed and self.needed.device, f"t{self.end:.12g}"
+        sender, until = self.needed and self.needed.device, clock(self.end)
         return CAUSES[self.cause].format(self.device, *ops, sender, until)
 
 
@@ -703,10 +703,10 @@ def short_name(event: Event) -> str:
 
 
 CAUSES = {  # of idle time
-    "fill": "GPU{0} has not started: {1}, its first op, needs {2} of GPU{3}, until {4}",
-    "wait": "GPU{0} waits: {1}, the next in its row, needs {2} of GPU{3}, until {4}",
-    "send": "GPU{0} waits: what {1} needs is on the way from GPU{3}, until {4}",
-    "drain": "GPU{0} has finished: nothing is left in its row",
+    "fill": "GPU{0} cannot start until {4}: its first op, {1}, needs {2} of GPU{3}",
+    "wait": "GPU{0} waits until {4}: its next op, {1}, needs {2} of GPU{3}",
+    "send": "GPU{0} waits until {4}: what {1} needs is on its way from GPU{3}",
+    "drain": "GPU{0} is done: nothing is left for it to run",
 }
 
 
@@ -716,7 +716,10 @@ def dependencies(events: list[Event]) -> Iterator[tuple[Event, Event | None, Eve
     latest: dict[int, Event] = {}
     made: dict[Step | None, Event] = {}
     for event in events:
-        yield event, latest.get(event.device), made.get(input_of(event.op, num_stages))
+        previous, needed = latest.get(event.device), made.get(input_of(event.op, num_stages))
+        if event.op.kind == "U" and previous and previous.end < event.start:  # replicas update
+            needed = next(e for e in latest.values() if e.end == event.start)  # with the last one
+        yield event, previous, needed
         latest[event.device] = made[result_of(event.op)] = event
 
 
@@ -726,9 +729,9 @@ def idle_times(events: list[Event]) -> list[Idle]:
     >>> config = {**CONFIG, "num_stages": 2, "num_microbatches": 1, "num_batches": 1}
     >>> for idle in idle_times(simulate(build_schedule(config), config)):
     ...     print(f"t{idle.start}: {idle}")
-    t0: GPU1 has not started: F0, its first op, needs F0 of GPU0, until t1
-    t1: GPU0 waits: B0, the next in its row, needs B0 of GPU1, until t3
-    t3: GPU1 has finished: nothing is left in its row
+    t0: GPU1 cannot start until t1: its first op, F0, needs F0 of GPU0
+    t1: GPU0 waits until t3: its next op, B0, needs B0 of GPU1
+    t3: GPU1 is done: nothing is left for it to run
     """
     idle, last, over = [], {}, makespan(events)
     for event, previous, needed in dependencies(events):
@@ -877,7 +880,7 @@ def count(number: int, noun: str) -> str:
 
 def shorten(items: list, limit: int, what: str) -> list:
     """Of too many items the first and the last ones, and between them how many are left out."""
-    if len(items) <= limit:
+    if len(items) <= limit + 1:  # a line about one item is no shorter than the item
         return items
     first, last = limit - limit // 4, limit // 4
     return [*items[:first], f"... ({len(items) - limit} more {what})", *items[-last:]]
@@ -901,9 +904,19 @@ def format_per_gpu(values: list, limit: int = 5) -> str:
     return " ".join(map(str, some))
 
 
+def clock(time: float) -> str:
+    """A time as it is told: t4, t0.3333333."""
+    return f"t{float(time):.7g}" if time < 1e6 else f"t{float(time):.12g}"
+
+
+def rounded(events: list[Event]) -> list[Event]:
+    """Events with times as in tick, so that ops that follow each other meet."""
+    return [Event(op, device, tick(start), tick(end)) for op, device, start, end in events]
+
+
 def tick(time: float) -> float:
     """A time without the last digits of rounding, so that 0.1 + 0.2 and 0.3 are one row."""
-    return float(f"{time:.12g}")
+    return float(f"{float(time):.12g}")
 
 
 ROOMY = ("GPU{0} (Stage {0})", "MB{0} forward", "MB{0} backward", "idle")
@@ -986,10 +999,11 @@ def format_banner(config: dict, runs: Runs) -> str:
     network = "transformer, " if config["network"] == "transformer" else ""
     serial = num_stages == 1 or config["schedule"] == "naive"
     parallel = "One GPU would work at a time" if serial else f"All {gpus} would work in parallel"
+    busy = f"{one:.1%} busy with one microbatch at a time, {flush:.1%} with a flush per batch\n"
+    busy += f"(1F1B), {no_flush:.1%} without a flush (PipeDream)"
     return f"""\
 🚀 {name} Pipeline Created!
-{gpus}: {one:.1%} busy one microbatch at a time, {flush:.1%} with microbatches,
-{no_flush:.1%} with PipeDream
+{gpus}: {busy if num_stages > 1 else "always busy"}
 ⚠️  SIMULATION MODE: Running on {"CPU" if on_cpu else "1 GPU"} (simulating {gpus})
 Pipeline stages: {num_stages} (would be {gpus} in real setup)
 Microbatches: {config["num_microbatches"]}
@@ -1023,7 +1037,7 @@ def format_batch(batch: int, audit: Audit, config: dict, events: list[Event]) ->
         table.append([f"MB{first} to {more[-1]}" if more else f"MB{first}", *cells])
     table[0] = table[0][: len(table[1])]
     forward_read = {row[1] for row in table[1:]}
-    read = forward_read.pop() if len(forward_read) == 1 else "the versions above"
+    read = forward_read.pop() if len(forward_read) == 1 else "those above"
     loss = f"Average loss across {count(num_microbatches, 'microbatch')}: {audit.losses[batch]:.4f}"
     updates = [event for event in events if event.op.kind == "U" and event.op.version == batch]
     then = f"v{batch} → v{batch + 1}"
@@ -1033,7 +1047,7 @@ def format_batch(batch: int, audit: Audit, config: dict, events: list[Event]) ->
         [
             f"BATCH {batch + 1}/{config['num_batches']}  (weight versions, stage 0 first)",
             *shorten(format_table(table, gap=3), 16, "rows"),
-            f"{loss}, read on {read}",
+            f"{loss}, on weights {read}",
             *shorten(changes, 8, "stages"),
             f"✅ Batch complete! All stages now at version {batch + 1}{newer}",
         ]

@@ -55,10 +55,10 @@ from pipedream_simple import (
     mismatches,
     parse_config,
     peak_versions,
+    rounded,
     run_main,
     schedule_name,
     simulate,
-    tick,
     utilization,
 )
 
@@ -184,11 +184,6 @@ def simulated(config: dict, **settings) -> Simulated:
     config = {**config, **settings}
     schedule = build_schedule(config)
     return schedule, rounded(simulate(schedule, config))
-
-
-def rounded(events: list[Event]) -> list[Event]:
-    """Times as they are printed, so that 0.1 + 0.2 and 0.3 are the same place."""
-    return [Event(op, device, tick(start), tick(end)) for op, device, start, end in events]
 
 
 def add_boxes(axes: Axes, boxes: Boxes, **style) -> None:
@@ -387,7 +382,8 @@ def draw_batch(
 def name_triangles(axes: Axes, wave: list[Event]) -> None:
     """The two triangles of a wave's bubble, each named in its longest lane."""
     begin, boxes, texts = min(event.start for event in wave), [], []
-    for cause, text in (("fill", "nothing has arrived"), ("drain", "nothing is left")):
+    what = "forwards" if wave[0].op.kind == "F" else "backwards"
+    for cause, text in (("fill", f"no {what} yet"), ("drain", f"no {what} left")):
         gaps = [
             (max(idle.start, begin), idle.end, idle.device, 0.06, 0.94)
             for idle in idle_times(wave)
@@ -395,7 +391,7 @@ def name_triangles(axes: Axes, wave: list[Event]) -> None:
         ]
         if gaps:
             boxes.append(max(gaps, key=lambda gap: gap[1] - gap[0]))
-            texts.append(f"{cause}:\n{text}")
+            texts.append(f"the wave {cause}s:\n{text}")
     add_labels(axes, boxes, texts, [GREY] * len(boxes))
 
 
@@ -455,17 +451,22 @@ def draw_memory(axes: Axes, schedule: Schedule, events: list[Event], rows: int) 
             row = next(row for row in range(rows) if free_at[row] <= start)
             free_at[row] = end
             place = device, top + (row + 0.1) * high, top + (row + 0.9) * high
-            fill, name = colors(Op(device, "B", 0, version), versions=True)[0], f"v{version}"
-            newest.append(((start, min(superseded, over), *place), fill, name))
+            dark, light = (colors(Op(device, kind, 0, version), True)[0] for kind in "FB")
+            name = f"v{version}"
+            newest.append(((start, min(superseded, over), *place), light, INK, name))
             if end > superseded:
                 if len(lanes) == 1:
                     name += f", kept until B{last_reader[version].microbatch} has read it"
-                kept.append(((superseded, end, *place), "white", name))
+                kept.append(((superseded, end, *place), "white", dark, name))
     thick = high * axes.bbox.height / len(lanes) > 8  # pixels
-    ink = {"edgecolors": INK, "linewidths": 0.7 if thick else 0, "zorder": 2}
-    for label, bars in (("newest version", newest), ("old version, kept (stashed)", kept)):
-        boxes = [box for box, _, _ in bars]
-        add_boxes(axes, boxes, facecolors=[fill for _, fill, _ in bars], label=label, **ink)
+    for label, bars, width in (
+        ("newest version", newest, 0.7 * thick),
+        ("old version, kept (stashed)", kept, 1.8 if thick else 0.9),
+    ):
+        boxes = [box for box, *_ in bars]
+        fills, edges = [fill for _, fill, _, _ in bars], [edge for *_, edge, _ in bars]
+        style = {"facecolors": fills, "edgecolors": edges, "linewidths": width, "zorder": 2}
+        add_boxes(axes, boxes, label=label, **style)
         add_labels(axes, boxes, [name for *_, name in bars], [INK] * len(bars))
 
 
@@ -515,10 +516,13 @@ def weight_versioning(config: dict) -> Figure:
     lost = simulated(stream, weight_stashing=False, vertical_sync=False)
     panels = [all_gpus(config, run)]
     if find_example(kept[0]):
-        close = close_up("with", kept), close_up("at the same time without", lost)
+        close = (
+            close_up("PipeDream's GPU{} with weight stashing", kept),
+            close_up("The same GPU without weight stashing", lost),
+        )
         panels = [*close, *panels] if config["schedule"] == "pipedream" else [*panels, *close]
     title, lines = tell_versions(config, run)
-    lines.append("Color: the version that is read; dark for a forward, light for a backward.")
+    lines.append("Color is the weight version: dark for a forward, light for a backward.")
     top, bracket = LINE * (len(lines) + 1) + 24, 34
     heights = [
         2 * LINE + 36 + bracket * bool(panel.example) + panel.lane * len(panel.gpus)
@@ -555,7 +559,7 @@ def all_gpus(config: dict, run: Simulated) -> Panel:
     return Panel(heading, run, range(num_devices), 0, until, lane)
 
 
-def close_up(name: str, run: Simulated) -> Panel:
+def close_up(heading: str, run: Simulated) -> Panel:
     """The GPU of the example, from its forward to as long after its backward."""
     schedule, events = run
     example = find_example(schedule)
@@ -565,7 +569,7 @@ def close_up(name: str, run: Simulated) -> Panel:
     until = min(makespan(events), 2 * backward.end - since)
     lane = lane_height(100, peak_versions(schedule)[gpu])
     return Panel(
-        f"PipeDream's GPU{gpu} {name} weight stashing",
+        heading.format(gpu),
         run,
         range(gpu, gpu + 1),
         since,
@@ -659,7 +663,8 @@ def tell_versions(config: dict, run: Simulated) -> tuple[str, list[str]]:
         story += f"B{microbatch} reads v{version}: old activations, new weights, a wrong gradient."
         return f"No stashing: {wrong} of {backwards} read the wrong weights", [*lines, story]
     story += f"B{microbatch} still reads v{version}, for an exact gradient. v{version} is kept "
-    story += f"until t{kept:.10g}, for its last reader."
+    last = [op for op in schedule[stage] if op.version == version][-1]
+    story += f"until t{kept:.10g}, when B{last.microbatch} has read it."
     title = "Weight stashing: every backward reads the weights that its forward read"
     return title, [*lines, story]
 
@@ -763,10 +768,13 @@ def make_movie(config: dict) -> tuple[Figure, dict[float, int], Callable[[float]
     """
     configs = [{**config, "schedule": name} for name in ("gpipe", "pipedream")]
     runs = [simulated(settings) for settings in configs]
-    until, num_devices = all_gpus(configs[1], runs[1]).until, config["num_stages"]
+    num_devices, flushed = config["num_stages"], runs[0][1]
+    first = max(end for op, _, _, end in flushed if op.kind == "U" and op.version == 0)
+    until = max(all_gpus(configs[1], runs[1]).until, first)
     lane, top = min(72, 1100 / num_devices) * num_devices, 2 * LINE + 36
     width = LEFT + plot_width(runs[1][1], until) + RIGHT
     title = f"To flush or not to flush: GPipe and PipeDream on {count(num_devices, 'GPU')}"
+    title += " (color: the microbatch)"
     figure = new_picture(width, top + 2 * (lane + 2 * LINE + 24) + 50, title, [" "])
     players = []
     for row, (settings, run) in enumerate(zip(configs, runs, strict=True)):
@@ -808,14 +816,14 @@ def add_player(
     cursor = axes.axvline(0, color=INK, lw=1, zorder=6, clip_on=False)
     right = axes.bbox.width + 12
     held = [beside(axes, right, d + 0.5, "") for d in range(num_devices)]
-    beside(axes, right, -12 * num_devices / height, "holds", fontsize=8)
+    beside(axes, right, -12 * num_devices / height, "weights", fontsize=8)
 
     def play(time: float) -> None:
         future.set_bounds(time, 0, until + margin - time if time < until else 0, num_devices)
         cursor.set_xdata([time, time])
         heading.set_text(
             f"{schedule_name(config)[0]}: {batches_done(events, time)} of {batches} done; "
-            f"{used_until(events, time, num_devices):.1%} of the GPU time used so far"
+            f"GPUs {used_until(events, time, num_devices):.1%} busy so far"
         )
         for text, mine in zip(held, lives, strict=True):
             alive = [f"v{v}" for v, life in enumerate(mine) if life.start <= time < life.end]
@@ -825,7 +833,8 @@ def add_player(
 
 
 def used_until(events: list[Event], time: float, num_devices: int) -> float:
-    """The utilization up to that time."""
+    """The utilization up to that time, or in the whole run if that is over."""
+    time = min(time, makespan(events))
     return sum(min(e.end, time) - e.start for e in events if e.start < time) / (time * num_devices)
 
 
@@ -833,13 +842,11 @@ def moments(runs: list[Simulated], until: float) -> dict[float, str]:
     """The times at which the movie stops, and what has just happened."""
     (_, flushed), (schedule, events) = runs
     num_devices, stops = len(schedule), {}
-    stops[events[0].end] = "GPU0 has done F0." + " No other GPU could start." * (num_devices > 1)
+    then = " Only now can GPU1 start." if num_devices > 1 else ""
+    stops[events[0].end] = f"GPU0 has finished F0.{then}"
     time = max(end for op, _, _, end in flushed if op.kind == "U" and op.version == 0)
     idle, other = (f"{1 - used_until(each, time, num_devices):.1%}" for each in (flushed, events))
-    stops[time] = (
-        f"GPipe has emptied its pipeline and updates: {idle} of its GPU time was idle, {other} of "
-        "PipeDream's."
-    )
+    stops[time] = f"GPipe has drained, and updates. Idle so far: GPipe {idle}, PipeDream {other}."
     if example := find_example(schedule):
         (gpu, _, m, old), (*_, read) = example
         time = next(end for op, _, _, end in events if op == example[1])

@@ -154,8 +154,8 @@ def test_a_mouse_and_a_finger_get_the_reason_of_the_first_question(visit):
     page = visit()
     page.check("#future")
     reason = (
-        "GPU1 waits: B0, the next in its row, needs B0 of GPU2, until t6. F3 could run, but GPU1 "
-        "holds 3 microbatches in flight, the most that it ever holds in pipedream."
+        "GPU1 waits until t6: its next op, B0, needs B0 of GPU2. F3 could run, but GPU1 "
+        "already holds 3 microbatches in flight, its limit in this schedule."
     )
     gaps = idle_times(pipedream_of("default").events)
     (place,) = (i for i, gap in enumerate(gaps) if (gap.device, gap.start) == (1, 4))
@@ -245,7 +245,7 @@ def test_the_future_is_hidden_until_it_is_asked_for(visit):
         page.keyboard.press("ArrowRight")
         assert clock(page) == step + 1
     page.hover('rect[data-op="0"]')
-    assert answer(page)[-1].startswith("It is needed by F0 of GPU1")
+    assert answer(page)[-1].startswith("Its result goes to F0 of GPU1")
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
     page.hover('rect[data-op="0"]')

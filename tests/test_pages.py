@@ -17,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_planner
 from launch import launch
 
 import pipedream_distributed
 import pipedream_lab
 import pipedream_page
+import pipedream_planner
 import pipedream_simple
 import pipedream_visual
 from pipedream_simple import (
@@ -48,6 +50,7 @@ SCRIPTS = {
     "pipedream_visual.py": pipedream_visual.main,
     "pipedream_lab.py": pipedream_lab.main,
     "pipedream_page.py": pipedream_page.main,
+    "pipedream_planner.py": pipedream_planner.main,
     "pipedream_distributed.py": None,
 }
 
@@ -239,11 +242,12 @@ NAMES_AND_FORMULAS = [
     r"[SMNnt] ?[-+] 1\b", r"\bd \+ 1\b", r"W\(t[-+]1\)", r"W[012]\b", r"1 / S\b", r"max\(0,",
     r"M = 1\b", r"[Vv]ersion [01]\b", r"\bv[0-9]\b", r"[Ss]tages? [0123]\b", r"\brank 0\b",
     r"Batch \d", r"Microbatches 4 to 7\b", r"[Mm]icrobatch [3478]\b", r"[Ss]tep \d", r"^#+ \d\. ",
-    r"\b\d\. (?=\*\*)", r"\bfloat64\b",
+    r"\b\d\. (?=\*\*)", r"\bfloat64\b", r"\bVGG-16\b",
+    r"\bLlama 2 7B\b",
 ]  # fmt: skip
 SOURCES = [
     r"Python 3\.10", r"(SOSP|NeurIPS) 2019", r"ICML 2021", r"SC 202[01]", r"ICLR 2024",
-    r"Repository, 1998", r"[Ss]ections? \d(\.\d)?( \([^)]*\))?(( and| to|,) \d(\.\d)?)?",
+    r"Repository, 1998", r"Korthikanti et al\., 2022", r"[Ss]ections? \d(\.\d)?( \([^)]*\))?(( and| to|,) \d(\.\d)?)?",
     r"CC BY 4\.0", r"(doi|arxiv)\.org/[\w./]+", r"\(stage 1\), gradients \(2\), weights \(3\)",
     r"stages? 1 and 2", r"stages? \(?[123]\b",  # ZeRO's
 ]  # fmt: skip
@@ -331,7 +335,7 @@ def facts():
     check = inspect.getsource(pipedream_distributed.check_engine)
     assert "2.13" in check
     yield "PyTorch", ["2.13"]
-    yield "the story ends here", [str(round(SOURCE[: SOURCE.index(BANNER)].count("\n"), -2))]
+    yield "the story ends here", [str(round(SOURCE[: SOURCE.index(BANNER)].count("\n"), -1))]
     at = {str(event.op): event.start for event in run_of()}
     lanes = [
         sorted(e.start for e in run_of() if e.device == d and e.op.kind != "U") for d in range(4)
@@ -340,6 +344,17 @@ def facts():
     idle = [t for t in range(at["0B0"]) if t not in lanes[0]]
     assert {*range(at["0B0"], at["0F19"] + 1)} <= {*lanes[0]}
     yield "timeline|column", [at["3F0"], at["3B0"], at["0B0"], all_busy[0][1:], idle[0], idle[-1]]
+    for name, gpus, bandwidth, _, _, _, stages, seconds, _ in test_planner.PUBLISHED:
+        if seconds and name == "vgg16":
+            lines = test_planner.PROFILES[name]
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "profile.txt"
+                path.write_text(lines)
+                layers = pipedream_planner.read_profile(path)
+            plan = pipedream_planner.best_plan(layers, [gpus], [bandwidth])
+            _, simulated = pipedream_planner.simulate_plan(plan, layers)
+            row = gpus, f"{bandwidth / 1e9:g}", stages, seconds, f"{simulated:.9f}"
+            yield rf"^\| {gpus} \| .*-1", [str(cell) for cell in row]
     for size in (16, 8):
         check_config({**CONFIG, "batch_size": size})
     yield "batch_size", ["16", "8"]

@@ -459,7 +459,8 @@ def test_the_triangles_of_the_bubble_are_named_where_they_are_widest(figures, si
         wave = [e for e in events if e.op.kind == kind]
         begin, end = min(e.start for e in wave), max(e.end for e in wave)
         idle = [waits(wave, device) for device in range(config["num_stages"])]
-        words = "fill:\nnothing has arrived", "drain:\nnothing is left"
+        what = {"F": "forwards", "B": "backwards"}[kind]
+        words = f"the wave fills:\nno {what} yet", f"the wave drains:\nno {what} left"
         for side, text in enumerate(words):
             drawn = [t.get_position() for t in axes.texts if t.get_text() == text]
             longest = max(pair[side] for pair in idle)
@@ -1127,12 +1128,12 @@ def test_the_stops_of_the_animation_say_what_has_happened():
         told[time] = figure.texts[1].get_text()
     assert {time for time, text in told.items() if ":" in text} == {1, 14, 16, 30}
     assert all(text.startswith(f"t{time:g}") for time, text in told.items())
-    assert told[1].endswith("GPU0 has done F0. No other GPU could start.")
+    assert told[1].endswith("GPU0 has finished F0. Only now can GPU1 start.")
     idle = []
     for _, _, events in runs:  # counted slot by slot: all ops last one unit here
         busy = {(e.device, t) for e in events for t in range(14) if e.start <= t < e.end}
         idle.append(f"{1 - len(busy) / (4 * 14):.1%}")
-    expected = f"updates: {idle[0]} of its GPU time was idle, {idle[1]} of PipeDream's."
+    expected = f"updates. Idle so far: GPipe {idle[0]}, PipeDream {idle[1]}."
     assert told[14].endswith(expected)
     audit = Audit(CONFIG)
     train({**CONFIG, "device": "cpu"}, watch=audit)  # what the tensors say
@@ -1175,10 +1176,11 @@ def test_every_frame_says_what_is_done_used_and_held_at_its_time(settings):
             mine = [[e.op for e in events if e.device == d and e.end <= time] for d in range(4)]
             updates = [sum(op.kind == "U" for op in ops) for ops in mine]
             assert f": {min(updates)} of {config['num_batches']} batches" in heading.get_text()
-            fine = np.linspace(0, time, 4001)[:-1] + time / 8000
+            over = min(time, max(e.end for e in events))
+            fine = np.linspace(0, over, 4001)[:-1] + over / 8000
             busy = [(e.start < fine) & (fine < e.end) for e in events if e.op.kind != "U"]
             used = np.sum(busy) / (4 * 4000)
-            said_used = float(re.search(r"([\d.]+)% of the GPU time used", heading.get_text())[1])
+            said_used = float(re.search(r"GPUs ([\d.]+)% busy so far", heading.get_text())[1])
             assert said_used == pytest.approx(100 * used, abs=0.2)
             held = [t.get_text() for t in axes.texts if t.get_text().startswith("v")]
             for device, ops in enumerate(mine):
@@ -1204,6 +1206,13 @@ def test_no_frame_shows_what_comes_later(sizes):
             assert (array[rows, round(left) : round(lanes.x1 + 9)] == 255).all()
             cursor = axes.transData.transform((time, 0))[0]
             assert (array[rows, round(cursor) - 2 : round(cursor) + 2] < 100).any()
+
+
+def test_the_time_axis_reaches_to_gpipes_first_update():
+    for times in ({"forward_time": [3, 1, 3, 1]}, {"forward_time": [1, 3, 1, 1]}):
+        runs, (figure, frames, _) = movie_of(num_batches=1, **times)
+        first = max(e.end for e in runs[0][2] if e.op.kind == "U")
+        assert max(frames) == figure.axes[0].get_xlim()[1] == first
 
 
 def test_a_long_run_has_few_frames():
