@@ -8,10 +8,12 @@
     python pipedream_lab.py compare --schedule my.csv   read one, and compare it with ours
     python pipedream_lab.py profile              how long do the stages take on this device?
     python pipedream_lab.py balance              cut a network so that its slowest stage is fast
+    python pipedream_lab.py papers               do the numbers agree with the papers?
     python pipedream_lab.py trace run.json       the simulated run, for Perfetto
 
 CONFIG and its flags are those of pipedream_simple.py. Here the schedule may also be interleaved,
-zb-h1 or a CSV file, and there is one more key, chunks_per_gpu. COMMAND --help says more.
+zb-h1, zb-h2 or a CSV file, and there are three more keys: chunks_per_gpu, in_flight and
+weight_gradient_time. COMMAND --help says more.
 """
 
 import csv
@@ -94,9 +96,14 @@ LAB_CONFIG = {
     **CONFIG,
     "chunks_per_gpu": 3,  # stages on each GPU, for the interleaved schedule
     "in_flight": 0,  # microbatches in flight on GPU0, for 1f1b and pipedream; 0: num_stages
+    "weight_gradient_time": 0,  # W's part of a backward, or one per stage; 0: half of it
 }
-LAB_SCHEDULES = ("interleaved", "zb-h1")
-LAB_RULES = {**RULES, "chunks_per_gpu": (int, 1, 1_000_000), "in_flight": (int, 0, 1_000_000)}
+LAB_RULES = {
+    **RULES,
+    "chunks_per_gpu": (int, 1, 1_000_000),
+    "in_flight": (int, 0, 1_000_000),
+    "weight_gradient_time": RULES["comm_time"],
+}
 
 
 # ---------------------------------------------------------------------------------- schedules
@@ -135,7 +142,9 @@ def interleaved(
     yield from backwards[len(steady) :]  # cooldown
 
 
-def zb_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Step]:
+def zb_h1(
+    stage: int, num_stages: int, num_microbatches: int, times: int = 1
+) -> Iterator[Step]:
     """1F1B with each backward cut in half: I, the gradient of the input, and W, of the weights.
 
     Other GPUs wait for I only. W fills time that would otherwise be idle: stage s runs it s
@@ -148,12 +157,29 @@ def zb_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Step]:
     GPU0: F0 F1 I0 W0 F2 I1 W1 I2 W2
     GPU1: F0 I0 F1 I1 W0 F2 I2 W1 W2
     """
-    for _, kind, m in one_f_one_b(stage, num_stages, num_microbatches, num_batches=1):
+    ahead, later = times * (num_stages - 1 - stage), times * stage
+    for _, kind, m in one_f_one_b(0, 1 + ahead, num_microbatches, num_batches=1):
         yield stage, "I" if kind == "B" else "F", m
-        if kind == "B" and m >= stage:
-            yield stage, "W", m - stage
-    for m in range(max(0, num_microbatches - stage), num_microbatches):
+        if kind == "B" and m >= later:
+            yield stage, "W", m - later
+    for m in range(max(0, num_microbatches - later), num_microbatches):
         yield stage, "W", m
+
+
+def zb_h2(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Step]:
+    """ZB-H1 with twice the warmup, and each W twice as late: no bubble, for twice the memory.
+
+    A GPU that has started is never idle, if f = I = W, links are free and M >= 2S - 1. Then it
+    holds 2S - 1 microbatches. Stage s starts s turns after stage 0, and is done with a batch as
+    much later. So one batch takes as long as with ZB-H1, but the next one begins on each GPU right
+    after its own update: N batches take 3MN + S - 1. Same paper, schedule ZB-H2.
+
+    >>> from pipedream_simple import format_rows
+    >>> print(format_rows(zb_h2(stage, 2, 3) for stage in range(2)))  # S=2, M=3
+    GPU0: F0 F1 F2 I0 W0 I1 W1 I2 W2
+    GPU1: F0 I0 F1 I1 F2 I2 W0 W1 W2
+    """
+    return zb_h1(stage, num_stages, num_microbatches, times=2)
 
 
 def limited(
@@ -173,6 +199,13 @@ def limited(
     behind = (in_flight - 1) * (num_stages - 1 - stage) // max(1, num_stages - 1)
     # The row of a stage that has so many stages behind it.
     return one_f_one_b(stage, stage + 1 + behind, num_microbatches, num_batches)
+
+
+LAB_SCHEDULES: dict[str, Callable[..., Iterator[Step]]] = {
+    "interleaved": interleaved,
+    "zb-h1": zb_h1,
+    "zb-h2": zb_h2,
+}
 
 
 # -------------------------------------------------------------------------------------- files
@@ -263,7 +296,7 @@ class Plan(NamedTuple):
     """A schedule that can be simulated and trained, and its simulated run."""
 
     name: str  # of the schedule, or of the file: short, in letters that every font has
-    config: dict  # CONFIG's keys; num_stages counts the stages, however many GPUs there are
+    config: dict  # CONFIG's keys, num_stages counting stages, not GPUs; and weight_gradient_time
     schedule: Schedule
     events: list[Event]
 
@@ -284,6 +317,11 @@ def check_lab_config(config: dict, rules: dict = LAB_RULES) -> None:
     """Like check_config; the schedule may also be one of the lab's, or a CSV file."""
     files = [config["schedule"]] if file_of(config) else []
     check_config(config, [*LAB_SCHEDULES, "FILE.csv", *files], rules)
+    halves = (per_stage(config, key) for key in ("weight_gradient_time", "backward_time"))
+    if any(w and not 0.001 <= w / b <= 0.999 for w, b in zip(*halves, strict=True)):
+        what = f"weight_gradient_time={shown(config['weight_gradient_time'])} must be 0, which is"
+        times = f"backward_time={shown(config['backward_time'])}"
+        raise UserError(f"{what} half, or from 0.001 to 0.999 of {times}")
 
 
 def make_plan(config: dict) -> Plan:
@@ -307,9 +345,9 @@ def make_plan(config: dict) -> Plan:
                 raise UserError(f"{rule} for interleaved")
     chunks = config["chunks_per_gpu"] if name == "interleaved" else 1
     in_flight = config["in_flight"] if name in ("1f1b", "pipedream") else 0
-    config = {key: config[key] for key in CONFIG}
+    config = {key: config[key] for key in (*CONFIG, "weight_gradient_time")}
     if name in SCHEDULES:
-        schedule = build_schedule(config)
+        schedule = build_schedule({key: config[key] for key in CONFIG})
         if in_flight:
             num_stages, in_row, batches = (config[key] for key in SIZES)
             if name == "pipedream":  # the run is one row of microbatches
@@ -330,8 +368,8 @@ def make_plan(config: dict) -> Plan:
     config = in_stages(config, [host[stage] for stage in range(len(host))])
     if name == "interleaved":
         rows = [[*interleaved(d, num_devices, num_microbatches, chunks)] for d in devices]
-    elif name == "zb-h1":
-        rows = [[*zb_h1(stage, num_devices, num_microbatches)] for stage in devices]
+    elif not file:
+        rows = [[*LAB_SCHEDULES[name](d, num_devices, num_microbatches)] for d in devices]
     starts = range(0, num_microbatches * config["num_batches"], num_microbatches)
     whole = [[(stage, kind, m + b) for b in starts for stage, kind, m in row] for row in rows]
     schedule = pin_versions(whole, num_microbatches)
@@ -350,10 +388,11 @@ def in_stages(config: dict, hosts: list[int]) -> dict:
         what = f"num_stages * layers_per_stage is {count(num_layers, 'layer')}"
         raise UserError(f"{what}, which cannot be split evenly into {num_stages} stages")
     config = {**config, "num_stages": num_stages, "layers_per_stage": num_layers // num_stages}
-    for key in ("forward_time", "backward_time", "comm_time"):
+    for key in ("forward_time", "backward_time", "weight_gradient_time", "comm_time"):
         per_gpu = per_stage({**config, "num_stages": 1 + max(hosts)}, key)
         config[key] = [per_gpu[d] / (1 if key == "comm_time" else on_device[d]) for d in hosts]
-    check_config({**config, "schedule": "1f1b"})  # its limits; any schedule that it knows
+    of_simple = {key: config[key] for key in CONFIG}
+    check_config({**of_simple, "schedule": "1f1b"})  # its limits; any schedule that it knows
     return config
 
 
@@ -990,7 +1029,8 @@ def profile(config: dict) -> None:
     if len(both) > 1:
         print(f"Bottleneck: stage {both.index(max(both))}, {excess:.0%} slower than the mean")
 
-    plans, reasons = all_plans({**config, "forward_time": forward, "backward_time": backward})
+    measured = {"forward_time": forward, "backward_time": backward, "weight_gradient_time": 0}
+    plans, reasons = all_plans({**config, **measured})
     one_gpu = config["num_microbatches"] * sum(both)
     print(f"\nSimulated with these times on {count(config['num_stages'], 'such GPU')}.")
     table = [["schedule", "ms per batch", "busy", f"speed-up over one GPU ({one_gpu:.3g} ms)"]]
@@ -1055,7 +1095,8 @@ def balance(config: dict) -> None:
     for name, sizes in (("even", even), ("balanced", cuts)):
         ends = [*itertools.accumulate(sizes)]
         parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        settings = {"forward_time": [sum(forward[part]) for part in parts]}
+        settings: dict = {"forward_time": [sum(forward[part]) for part in parts]}
+        settings["weight_gradient_time"] = 0
         settings["backward_time"] = [sum(backward[part]) for part in parts]
         events = make_plan({**config, **settings}).events
         batches.append(makespan(events) / config["num_batches"])
@@ -1091,7 +1132,8 @@ def parse_lab_config(
     """Like parse_config. A CSV file sets num_stages and num_microbatches; flags must agree."""
     if not isinstance(config, dict):
         check_lab_config(config, rules)
-    doc = f"{doc}\n\nOne more flag: --chunks_per_gpu, the stages on each GPU for interleaved."
+    more = [f"--{key} (default {LAB_CONFIG[key]})" for key in LAB_CONFIG if key not in CONFIG]
+    doc = f"{doc}\n\nMore flags: {', '.join(more)}; see LAB_CONFIG."
     not_given = object()
     sizes: dict = dict.fromkeys(("num_stages", "num_microbatches"), not_given)
     given, flags = parse_config(doc, argv, {**config, **sizes}, lambda config: None, other)

@@ -24,16 +24,15 @@ from pathlib import Path
 from matplotlib.colors import to_hex
 
 from pipedream_lab import (
+    LAB_SCHEDULES,
     SAYS,
     Plan,
     Reasons,
     all_plans,
     critical_path,
     file_of,
-    interleaved,
     parse_lab_config,
     write,
-    zb_h1,
 )
 from pipedream_simple import (
     CAUSES,
@@ -77,7 +76,7 @@ def kept_versions(row: list[Op]) -> list[str]:
 
 def about(plan: Plan) -> str:
     """The first sentence of the schedule's docstring; of a variant, what it does with weights."""
-    makers = {**SCHEDULES, "interleaved": interleaved, "zb-h1": zb_h1}
+    makers = {**SCHEDULES, **LAB_SCHEDULES}
     if plan.name != plan.name.strip():
         return ", ".join(schedule_name(plan.config)) + "."
     doc = makers[plan.name].__doc__ if plan.name in makers else "The rows of a file."

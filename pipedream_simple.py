@@ -283,8 +283,8 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
 
     An op starts when its GPU is free and its input has arrived. Nothing here knows schedules or
     bubbles: a GPU is idle while its next op waits. Updates take no time, unless the config has an
-    update_time. Returns the events sorted by start, each after the one it needs; ValueError if GPUs
-    wait for each other.
+    update_time, and W half of its backward, unless it has a weight_gradient_time. Returns the
+    events sorted by start, each after the one it needs; ValueError if GPUs wait for each other.
 
     >>> config = {**CONFIG, "num_stages": 2, "num_microbatches": 1, "num_batches": 1}
     >>> print(*(f"{e.op}@{e.start}-{e.end}" for e in simulate(build_schedule(config), config)))
@@ -296,7 +296,9 @@ def simulate(schedule: Schedule, config: dict) -> list[Event]:
         "B": per_stage(config, "backward_time"),
         "U": per_stage({"update_time": 0, **config}, "update_time"),
     }
-    duration["I"] = duration["W"] = [time / 2 for time in duration["B"]]
+    given = per_stage({"weight_gradient_time": 0, **config}, "weight_gradient_time")
+    duration["W"] = [w or b / 2 for w, b in zip(given, duration["B"], strict=True)]
+    duration["I"] = [b - w for w, b in zip(duration["W"], duration["B"], strict=True)]
     comm_time = per_stage(config, "comm_time")
     todo = [row[::-1] for row in schedule]  # the next op is the last
     free_at: list[float] = [0 for _ in devices]
