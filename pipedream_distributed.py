@@ -15,9 +15,9 @@ the ops, the weight versions that they read, losses and weights bit by bit, real
 CONFIG and its flags are those of pipedream_lab.py, and two more:
     --timeout 60   seconds until the run ends when a process has died, hangs or is stopped
     --repeats 3    timed runs, after one to warm up; the results are those of the last
-Without effect: forward_time, backward_time, comm_time (time is real) and verbose. Not possible:
-weight_stashing False, recompute where a backward is split (zb-h1), and a device that is a single
-GPU (cuda:N, mps).
+Without effect: forward_time, backward_time, weight_gradient_time, comm_time (time is real) and
+verbose. Not possible: weight_stashing False, recompute where a backward is split (zb-h1, zb-h2),
+and a device that is a single GPU (cuda:N, mps).
 
 A rank is the number of a process. gloo (CPU) and nccl (GPU) carry tensors between ranks. Read the
 first three rooms: stage, engine, one process of many. The others serve them: the proof, the clock,
@@ -401,7 +401,8 @@ def one_process(config: dict) -> float:
 def simulated_time(plan: Plan, forward: list[float], backward: list[float]) -> float:
     """The time of a batch, when a forward and a backward take so long on each stage."""
     measured = {"forward_time": forward, "backward_time": backward, "comm_time": 0}
-    events = simulate(plan.schedule, {**plan.config, **measured})
+    halves = {"weight_gradient_time": 0}  # of the backward: they are not measured
+    events = simulate(plan.schedule, {**plan.config, **measured, **halves})
     return makespan(events) / plan.config["num_batches"]
 
 

@@ -142,9 +142,7 @@ def interleaved(
     yield from backwards[len(steady) :]  # cooldown
 
 
-def zb_h1(
-    stage: int, num_stages: int, num_microbatches: int, times: int = 1
-) -> Iterator[Step]:
+def zb_h1(stage: int, num_stages: int, num_microbatches: int, times: int = 1) -> Iterator[Step]:
     """1F1B with each backward cut in half: I, the gradient of the input, and W, of the weights.
 
     Other GPUs wait for I only. W fills time that would otherwise be idle: stage s runs it s
@@ -1107,6 +1105,21 @@ def balance(config: dict) -> None:
     print("\n".join(format_table(table)))
 
 
+# ------------------------------------------------------------------------------------- papers
+
+
+def papers(config: dict) -> None:
+    """Published figures beside ours, and how far apart they are. It takes no flags.
+
+    Exit status 1: a figure that must agree to the last digit does not.
+    """
+    import pipedream_papers  # here: it imports this file
+
+    if config != LAB_CONFIG:
+        raise UserError("papers takes no flags: each figure has its own settings")
+    pipedream_papers.main()
+
+
 # --------------------------------------------------------------------------------------- main
 
 COMMANDS: dict[str, tuple[Callable, dict]] = {  # -> (function, its flags besides the config's)
@@ -1122,6 +1135,7 @@ COMMANDS: dict[str, tuple[Callable, dict]] = {  # -> (function, its flags beside
     "export": (export, {"file": {"type": Path, "metavar": "my.csv"}}),
     "profile": (profile, {}),
     "balance": (balance, {}),
+    "papers": (papers, {}),
     "trace": (trace, {"file": {"type": Path, "metavar": "run.json"}}),
 }
 

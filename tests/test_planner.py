@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipedream_planner
+from pipedream_papers import PROFILES, PUBLISHED, VGG16, graph, row
 from pipedream_planner import (
     COLUMNS,
     COMMANDS,
@@ -30,96 +31,6 @@ from pipedream_simple import UserError, run_main
 
 SCRIPT = Path(pipedream_planner.__file__)
 
-# ------------------------------------------------------------------------- published profiles
-#
-# Figures of profiler/*/profiles/*/graph.txt in the authors' repository, msr-fiddle/pipedream (MIT
-# licence): node 1, node 2, ... Each node: kind, forward ms, backward ms, bytes of its output (or a
-# list), bytes of its weights. vgg16 and alexnet feed each node into the next, and one shortcut.
-
-VGG16 = """\
-Input 17.972 0 77070336 0 | Conv2d 22.307 24.613 1644167168 7168 | ReLU 4.446 5.553 1644167168 0 |
-Conv2d 46.201 113.330 1644167168 147712 | ReLU 4.455 5.311 1644167168 0 |
-MaxPool2d 3.795 5.579 411041792 0 | Conv2d 15.155 39.648 822083584 295424 |
-ReLU 2.359 2.738 822083584 0 | Conv2d 22.062 53.379 822083584 590336 |
-ReLU 2.513 2.620 822083584 0 | MaxPool2d 2.211 2.788 205520896 0 |
-Conv2d 10.814 18.335 411041792 1180672 | ReLU 1.377 1.380 411041792 0 |
-Conv2d 17.458 27.023 411041792 2360320 | ReLU 1.640 1.463 411041792 0 |
-Conv2d 14.245 33.888 411041792 2360320 | ReLU 1.549 1.321 411041792 0 |
-MaxPool2d 1.169 1.513 102760448 0 | Conv2d 9.249 14.574 205520896 4720640 |
-ReLU 1.026 0.696 205520896 0 | Conv2d 15.359 21.900 205520896 9439232 |
-ReLU 0.848 0.679 205520896 0 | Conv2d 11.775 28.670 205520896 9439232 |
-ReLU 0.881 0.642 205520896 0 | MaxPool2d 0.802 0.781 51380224 0 |
-Conv2d 5.608 7.381 51380224 9439232 | ReLU 0.784 0.266 51380224 0 |
-Conv2d 4.070 7.396 51380224 9439232 | ReLU 0.463 0.190 51380224 0 |
-Conv2d 4.042 8.648 51380224 9439232 | ReLU 0.455 0.175 51380224 0 |
-MaxPool2d 0.553 0.234 12845056 0 | Size 0 0 4 0 | View 0 0 12845056 0 |
-Linear 2.475 4.575 2097152 411058176 | ReLU 0.377 0.030 2097152 0 | Dropout 0 0 2097152 0 |
-Linear 0.709 0.734 2097152 67125248 | ReLU 0.277 0.032 2097152 0 | Dropout 0 0 2097152 0 |
-Linear 0.393 0.548 512000 16388000
-"""
-ALEXNET = """\
-Input 635.902 0 154140672 0 | Conv2d 22.316 6.405 198246400 93184 | ReLU 0.813 0.733 198246400 0 |
-MaxPool2d 0.756 1.148 47775744 0 | Conv2d 3.128 5.612 143327232 1229568 |
-ReLU 0.811 0.524 143327232 0 | MaxPool2d 0.579 0.861 33226752 0 |
-Conv2d 3.260 6.610 66453504 2655744 | ReLU 0.427 0.269 66453504 0 |
-Conv2d 4.423 7.197 44302336 3539968 | ReLU 0.539 0.188 44302336 0 |
-Conv2d 2.815 5.497 44302336 2360320 | ReLU 0.524 0.176 44302336 0 |
-MaxPool2d 0.391 0.306 9437184 0 | Size 0 0 4 0 | View 0 0 9437184 0 | Dropout 0 0 9437184 0 |
-Linear 1.737 3.072 4194304 151011328 | ReLU 0.471 0.039 4194304 0 | Dropout 0 0 4194304 0 |
-Linear 1.075 1.366 4194304 67125248 | ReLU 0.283 0.043 4194304 0 |
-Linear 0.453 0.474 1024000 16388000
-"""
-GNMT = """\
-Input0 0 0 0 0 | Input1 0 0 0 0 | Input2 0 0 0 0 | Embedding 0.073 6.949 6291456 132382720 |
-EmuBidirLSTM 5.247 0.016 12582912 67174400 | Dropout 0.077 0.196 12582912 0 |
-LSTM 3.190 5.348 [6291456;131072;131072] 50364416 | getitem 0 0 6291456 0 |
-getitem 0 0 131072 0 | Dropout 0.064 0.128 6291456 0 |
-LSTM 2.491 4.203 [6291456;131072;131072] 33587200 | getitem 0 0 6291456 0 |
-getitem 0 0 131072 0 | Add 0 0 6291456 0 | Dropout 0.059 0.121 6291456 0 |
-LSTM 2.492 4.201 [6291456;131072;131072] 33587200 | getitem 0 0 6291456 0 |
-getitem 0 0 131072 0 | Add 0 0 6291456 0 | hidden 0 0 0 0 |
-Embedding 0.066 0.328 6291456 132382720 | getitem 0 0 0 0 |
-RecurrentAttention 4.546 6.141 [6160384;131072;131072;6160384;288768] 41979904 |
-getitem 0 0 6160384 0 | getitem 0 0 131072 0 | getitem 0 0 131072 0 |
-getitem 0 0 6160384 0 | Dropout 0.058 0.176 6160384 0 | Concat 0 0 6160384 0 |
-getitem 0 0 0 0 | LSTM 3.151 5.288 [6160384;131072;131072] 50364416 |
-getitem 0 0 6160384 0 | getitem 0 0 131072 0 | Dropout 0.061 0.174 6160384 0 |
-Concat 0 0 6160384 0 | getitem 0 0 0 0 | LSTM 3.145 5.306 [6160384;131072;131072] 50364416 |
-getitem 0 0 6160384 0 | getitem 0 0 131072 0 | Add 0 0 6160384 0 |
-Dropout 0.055 0.198 6160384 0 | Concat 0 0 6160384 0 | getitem 0 0 0 0 |
-LSTM 3.149 15.883 [6160384;131072;131072] 50364416 | getitem 0 0 6160384 0 |
-getitem 0 0 131072 0 | Add 0 0 6160384 0 | Classifier 5.609 1.227 194437120 132512000
-"""
-GNMT_EDGES = """\
-1-4 4-5 2-5 5-6 6-7 7-8 7-9 8-10 10-11 11-12 11-13 12-14 8-14 14-15 15-16 16-17 16-18 17-19 14-19
-3-21 20-22 21-23 22-23 19-23 2-23 23-24 23-25 23-26 23-27 24-28 28-29 26-29 20-30 29-31 30-31 31-32
-31-33 32-34 34-35 26-35 20-36 35-37 36-37 37-38 37-39 38-40 32-40 40-41 41-42 26-42 20-43 42-44
-43-44 44-45 44-46 45-47 40-47 47-48"""
-
-
-def graph(nodes, edges):
-    """A profile as PipeDream's profiler writes it."""
-    lines = []
-    for number, node in enumerate(nodes.split("|"), start=1):
-        kind, forward, backward, activation, weights = node.split()
-        lines.append(
-            f"node{number} -- {kind}(inplace) -- forward_compute_time={forward}, "
-            f"backward_compute_time={backward}, activation_size={activation.replace(';', '; ')}, "
-            f"parameter_size={weights}"
-        )
-    return "\n".join([*lines[::-1], *(f"\tnode{a} -- node{b}" for a, b in edges)])  # in any order
-
-
-def row(nodes, *shortcuts):
-    return graph(nodes, [*itertools.pairwise(range(1, nodes.count("|") + 2)), *shortcuts])
-
-
-PROFILES = {
-    "vgg16": row(VGG16, (32, 34)),
-    "alexnet": row(ALEXNET, (14, 16)),
-    "gnmt": graph(GNMT, [edge.split("-") for edge in GNMT_EDGES.split()]),
-}
-
 
 @pytest.fixture
 def profile(tmp_path):
@@ -130,20 +41,6 @@ def profile(tmp_path):
         return tmp_path / name
 
     return write
-
-
-# What optimizer/optimizer_graph_hierarchical.py in that repository prints with
-# --activation_compression_ratio 1, and -s for straight: GPUs, bytes/s, speed-up over one GPU, data
-# parallelism's, plan, seconds of the slowest stage, and the layers at which it cuts.
-PUBLISHED = [
-    ("vgg16", 4, 1e9, False, "3.27", "1.15", "3-1", "0.205520896", [17]),
-    ("vgg16", 8, 1e9, False, "6.48", "2.06", "7-1", "0.103833170", [24]),
-    ("vgg16", 16, 3.125e9, False, "14.77", "8.05", "15-1", "0.045524808", [25]),
-    ("vgg16", 4, 1e9, True, "1.64", "1.15", "1-1-1-1", None, None),
-    ("alexnet", 4, 1e9, False, "2.49", "0.42", "3-1", "0.034217141", [16]),
-    ("alexnet", 16, 1.25e9, False, "5.65", "1.67", "15-1", "0.015099494", [16]),
-    ("gnmt", 4, 1e9, False, "3.46", "0.15", "1-1-1-1", "0.025868000", None),
-]
 
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda p: f"{p[0]}-{p[1]}-{p[3]}")
@@ -471,8 +368,8 @@ def test_the_table_adds_up_and_fits_on_80_columns(profile, program, flags):
     bounds = [tuple(map(int, row[2].split("-"))) for row in rows]
     assert all(a[1] + 1 == b[0] for a, b in itertools.pairwise(bounds))
     slowest = float(re.search(r"Slowest: (\d+\.\d{9}) s per minibatch", out)[1])
-    for row in rows:
-        computing, all_reduce, transfer, in_all = map(float, row[3:7])
+    for cells in rows:
+        computing, all_reduce, transfer, in_all = map(float, cells[3:7])
         assert in_all == pytest.approx(max(computing + all_reduce, transfer), rel=0.001)
     assert max(float(row[6]) for row in rows) == pytest.approx(1000 * slowest, rel=0.001)
 
