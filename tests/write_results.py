@@ -212,11 +212,12 @@ def on_the_way() -> str:
 def lab() -> str:
     """## All schedules of the lab
 
-    `python pipedream_lab.py compare`: five batches, with memory measured in bytes.
+    `python pipedream_lab.py compare --backward_time 2 --num_microbatches 8`: five batches, with
+    memory measured in bytes.
     """
-    out = io.StringIO()
+    out, longer = io.StringIO(), {"backward_time": 2, "num_microbatches": 8}
     with contextlib.redirect_stdout(out), tempfile.TemporaryDirectory() as folder:
-        compare({**LAB_CONFIG, **CPU}, Path(folder))
+        compare({**LAB_CONFIG, **CPU, **longer}, Path(folder))
     return fenced(out.getvalue().rpartition("\n\n")[0])
 
 
