@@ -273,11 +273,13 @@ def planner() -> Iterator[Figure]:
     """
     for name, gpus, bandwidth, straight, speed, parallel, stages, seconds, cuts in PUBLISHED:
         plan = best_plan(read_graph(PROFILES[name], name), [gpus], [bandwidth], straight)
-        ours, slowest = "-".join(str(stage.replicas) for stage in plan.stages), plan.slowest.seconds
+        slowest = plan.slowest.seconds
         what = f"{name}, {gpus} GPUs, {bandwidth / 1e9:g} GB/s{', straight' * straight}"
+        ours = "-".join(str(stage.replicas) for stage in plan.stages)
         yield Figure(f"{what}: plan", stages, ours)
         if cuts:
-            yield Figure("   cut before layer", str(cuts[0]), str(plan.stages[1].first))
+            ours = " ".join(str(stage.first) for stage in plan.stages[1:])
+            yield Figure("   cut before layer", " ".join(map(str, cuts)), ours)
         if seconds:
             yield Figure("   seconds", seconds, f"{slowest:.9f}")
         yield Figure("   speed-up", speed, f"{plan.one_gpu / slowest:.2f}")

@@ -56,6 +56,7 @@ TWO = {  # name -> (settings, delay of a stage in updates)
     "gpipe, one microbatch": ({"schedule": "gpipe", "num_microbatches": 1}, lambda s: 0),
     "1f1b": ({"schedule": "1f1b"}, lambda s: 0),
     "zb-h1": ({"schedule": "zb-h1"}, lambda s: 0),
+    "zb-h2": ({"schedule": "zb-h2"}, lambda s: 0),
     "interleaved": ({"schedule": "interleaved"}, lambda s: 0),
     "csv": ({"schedule": "zbv.csv", "layers_per_stage": 4}, lambda s: 0),
     "pipedream": ({}, lambda s: 1 - s),

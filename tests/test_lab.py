@@ -52,6 +52,7 @@ from pipedream_lab import (
     train_plan,
     write_csv,
     zb_h1,
+    zb_h2,
 )
 from pipedream_simple import (
     CONFIG,
@@ -122,12 +123,40 @@ def test_interleaved_holds_more_than_1f1b_by_the_published_factor(devices, chunk
     assert of_whole_stages / one_f_one_b == 1 + (devices - 1) / (devices * chunks)
 
 
-def test_zb_h1_holds_as_many_microbatches_as_the_paper_says():
+@pytest.mark.parametrize(("make", "times"), [(zb_h1, 1), (zb_h2, 2)])
+def test_zero_bubble_holds_as_many_microbatches_as_the_paper_says(make, times):
     for stages, microbatches in itertools.product(range(1, 8), range(1, 15)):
-        rows = [list(zb_h1(s, stages, microbatches)) for s in range(stages)]
+        rows = [list(make(s, stages, microbatches)) for s in range(stages)]
         schedule = pin_versions(rows, microbatches)
-        assert peak_in_flight(schedule) == [min(stages, microbatches)] * stages
-        check_rows(rows, "zb-h1")
+        most = min(times * (stages - 1) + 1, microbatches)
+        assert peak_in_flight(schedule) == [most] * stages
+        check_rows(rows, make.__name__)
+
+
+def test_zb_h2_warms_up_twice_as_long_and_is_never_idle_between_batches():
+    """With f = I = W, free links and M >= 2S - 1 a GPU works from its first op to its last."""
+    for stages, more, batches in itertools.product(range(1, 7), range(3), range(1, 4)):
+        count = 2 * stages - 1 + more
+        sizes = {"num_stages": stages, "num_microbatches": count, "num_batches": batches}
+        plan = plan_of("zb-h2", **sizes, batch_size=count, backward_time=2)
+        assert makespan(plan.events) == 3 * count * batches + stages - 1
+        for device, row in enumerate(plan.schedule):
+            kinds = [op.kind for op in row]
+            assert kinds.index("I") == 2 * (stages - 1 - device) + 1
+            mine = [event for event in plan.events if event.device == device]
+            assert mine[0].start == device
+            assert all(a.end == b.start for a, b in itertools.pairwise(mine))
+
+
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-h2"])
+@pytest.mark.parametrize("w", [0, 0.25, 1.5, [0.5, 0.25, 0, 1.5]])
+def test_weight_gradient_time_is_ws_part_of_a_backward(schedule, w):
+    plan = plan_of(schedule, backward_time=2, weight_gradient_time=w)
+    for op, _, start, end in plan.events:
+        part = (w[op.stage] if isinstance(w, list) else w) or 1
+        assert end - start == pytest.approx({"F": 1, "I": 2 - part, "W": part, "U": 0}[op.kind])
+    whole = plan_of("1f1b", backward_time=2, weight_gradient_time=w)
+    assert {e.end - e.start for e in whole.events if e.op.kind == "B"} == {2}
 
 
 def test_a_device_updates_all_its_stages_after_its_last_backward_of_a_batch():
@@ -154,7 +183,7 @@ def same_as_plain_sgd(plan):
 
 
 @pytest.mark.parametrize(("stages", "count", "chunks"), [(1, 1, 1), (3, 6, 2), (4, 4, 3)])
-def test_interleaved_and_zb_h1_train_to_the_weights_of_plain_sgd(stages, count, chunks):
+def test_the_labs_schedules_train_to_the_weights_of_plain_sgd(stages, count, chunks):
     sizes = {"num_stages": stages, "num_microbatches": count, "batch_size": 12}
     for schedule in LAB_SCHEDULES:
         run = same_as_plain_sgd(plan_of(schedule, chunks, layers_per_stage=6, **sizes))
@@ -183,7 +212,7 @@ def test_so_they_do_with_momentum_recompute_and_a_transformer(schedule, new):
 
 def test_with_recompute_a_backward_or_its_first_half_lasts_a_forward_longer():
     f, b = [1, 2, 3, 4], [4, 6, 8, 10]
-    for schedule in ("gpipe", "zb-h1"):
+    for schedule in ("gpipe", "zb-h1", "zb-h2"):
         plan = plan_of(schedule, forward_time=f, backward_time=b, recompute=True)
         for op, _, start, end in plan.events:
             s = op.stage
@@ -320,9 +349,10 @@ def test_the_halves_of_a_backward_give_the_bits_of_pytorchs_own_split(name):
         assert ours[key].equal(gradient)
 
 
-def test_zb_h1_trains_to_the_bits_of_1f1b():
-    sizes = {"num_stages": 3, "num_microbatches": 4}
-    runs = [train_plan(plan_of(name, **sizes)) for name in ("1f1b", "zb-h1")]
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-h2"])
+def test_zero_bubble_trains_to_the_bits_of_1f1b(schedule):
+    sizes = {"num_stages": 3, "num_microbatches": 8}
+    runs = [train_plan(plan_of(name, **sizes)) for name in ("1f1b", schedule)]
     assert runs[0].losses == runs[1].losses
     for whole, halves in zip(runs[0].weights, runs[1].weights, strict=True):
         assert all(whole[name].equal(halves[name]) for name in whole)
@@ -358,7 +388,7 @@ def test_what_pytorch_generates_can_be_read_and_trains_to_plain_sgd(
     same_as_plain_sgd(plan)
 
 
-@pytest.mark.parametrize("schedule", ["naive", "gpipe", "1f1b", "interleaved", "zb-h1"])
+@pytest.mark.parametrize("schedule", ["naive", "gpipe", "1f1b", *LAB_SCHEDULES])
 def test_what_we_export_is_read_again_and_loads_into_pytorchs_runtime(tmp_path, schedule):
     plan = plan_of(schedule, 3, num_batches=1)
     path = tmp_path / "ours.csv"
@@ -481,7 +511,7 @@ def test_good_rows_pass_and_any_one_missing_or_doubled_op_does_not():
 def test_a_plan_keeps_the_network_and_the_work_of_each_gpu():
     times = {"forward_time": [1, 2, 3, 4], "backward_time": 6, "comm_time": [5, 6, 7, 8]}
     plan = plan_of("interleaved", 3, **times)
-    assert plan.config.keys() == CONFIG.keys()
+    assert plan.config.keys() == {*CONFIG, "weight_gradient_time"}
     assert plan.config["num_stages"] * plan.config["layers_per_stage"] == 12
     per_gpu = [sum(plan.config["forward_time"][d::4]) for d in range(4)]
     assert per_gpu == pytest.approx([1, 2, 3, 4])
@@ -491,7 +521,8 @@ def test_a_plan_keeps_the_network_and_the_work_of_each_gpu():
         settings = {**SMALL, "schedule": name}
         simple = {key: settings[key] for key in CONFIG}
         schedule = build_schedule(simple)
-        assert make_plan(settings) == Plan(name, simple, schedule, simulate(schedule, simple))
+        events, config = simulate(schedule, simple), {**simple, "weight_gradient_time": 0}
+        assert make_plan(settings) == Plan(name, config, schedule, events)
 
 
 HUGE = 10**5000
@@ -503,7 +534,11 @@ BAD_CONFIGS = [
     {},
     {key: value for key, value in LAB_CONFIG.items() if key != "schedule"},
     {key: value for key, value in LAB_CONFIG.items() if key != "chunks_per_gpu"},
-    *({**LAB_CONFIG, "schedule": value} for value in (None, 3, HUGE, [], "zb-h2", "x" * 10**6)),
+    *({**LAB_CONFIG, "schedule": value} for value in (None, 3, HUGE, [], "zb-h3", "x" * 10**6)),
+    *(
+        {**LAB_CONFIG, "weight_gradient_time": value}
+        for value in (None, 1, -1, HUGE, [0.5], [2] * 4)
+    ),
     *({**LAB_CONFIG, "chunks_per_gpu": value} for value in (None, 0, -1, 1.5, HUGE, [3], True)),
     *({**LAB_CONFIG, "num_stages": value} for value in (HUGE, -HUGE, None, [4], {})),
     *({**LAB_CONFIG, "forward_time": value} for value in ([], [1, 2], [1] * 5, [1, 2, 3, HUGE])),
@@ -568,7 +603,8 @@ def test_measured_memory_is_what_the_formula_says(settings):
 
 def test_all_plans_list_every_schedule_once_flushes_first():
     names = [plan.name for plan in all_plans(SMALL)[0]]
-    assert names == [*["naive", "gpipe", "1f1b", "interleaved", "zb-h1", "pipedream"], *names[-2:]]
+    flushing = "naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2"
+    assert names == [*flushing, "pipedream", *names[-2:]]
     assert names[-2:] == ["  vertical sync", "  no stashing"]
 
 
@@ -728,13 +764,14 @@ def test_nothing_is_sent_inside_a_gpu(tmp_path):
 def test_the_picture_of_all_ends_with_the_slowest_but_naive_and_names_stages():
     plans, _ = all_plans({**SMALL, "num_batches": 1})
     figure = draw_plans(plans)
-    assert figure.texts[0].get_text() == "6 schedules, one time axis. The fastest: interleaved"
+    assert figure.texts[0].get_text() == "7 schedules, one time axis. The fastest: interleaved"
     assert [text.get_text().split(":")[0] for text in figure.texts[2:]] == [
         "naive",
         "gpipe",
         "1f1b",
         "interleaved",
         "zb-h1",
+        "zb-h2",
         "pipedream",
     ]
     for axes in figure.axes:
@@ -851,7 +888,7 @@ def test_compare_prints_every_schedule_and_draws_them(program, tmp_path):
     simulated, measured = table_of(out, "Simulated"), table_of(out, "Trained")
     for name in (*SCHEDULES, *LAB_SCHEDULES, "vertical sync", "no stashing"):
         assert name in simulated
-    for name in ("naive", "gpipe", "1f1b", "interleaved", "zb-h1"):
+    for name in ("naive", "gpipe", "1f1b", *LAB_SCHEDULES):
         assert float(measured[name][2]) < 1e-12  # to plain SGD
     assert float(measured["pipedream"][2]) > 1e-6
     time, speed_up = f"{2 * (8 + 3)}", f"{2 * 4 * 4 * 2 / (2 * (8 + 3)):.2f}x"
@@ -862,7 +899,7 @@ def test_compare_prints_every_schedule_and_draws_them(program, tmp_path):
     assert measured["pipedream"][:2] == [f"{run.losses[-1]:.4f}", f"{run.test_accuracy:.1%}"]
     bytes_of = memory_formula(make_plan({**LAB_CONFIG, "num_batches": 2}))
     assert measured["pipedream"][4] == " ".join(f"{sum(b) / 1024:.0f}" for b in bytes_of)
-    assert f"{8 * 4} of {8 * 4} GPUs" in out
+    assert f"{9 * 4} of {9 * 4} GPUs" in out
     with Image.open(folder / "schedules.png") as image:
         assert image.width < 4000
     assert max(map(len, out.splitlines()[:-1])) <= 80
@@ -952,7 +989,11 @@ def test_export_trace_profile_and_balance_run_and_write(program, tmp_path):
         ["nope"],
         ["compar"],
         ["x" * 10_000],
-        ["compare", "--schedule", "zb-h2"],
+        ["compare", "--schedule", "zb-h3"],
+        ["compare", "--weight_gradient_time", 1],
+        ["compare", "--weight_gradient_time", "0.5,0.5"],
+        ["compare", "--weight_gradient_time", "-1"],
+        ["why", "--weight_gradient_time", "x", "--schedule", "zb-h2"],
         ["compare", "--schedule", "none.csv"],
         ["compare", "--num_stages", 0],
         ["compare", "--out", "/dev/null"],
