@@ -298,7 +298,7 @@ def test_the_critical_path_is_the_one_that_python_finds(visit, number):
 
 def test_two_schedules_share_one_time_axis(visit):
     page, plans = visit(), plans_of("default")
-    choose(page, 5, below=1)
+    choose(page, 6, below=1)
     page.check("#future")
     boxes = page.evaluate(
         """() => [...document.querySelectorAll("svg")].map((svg) => Object.fromEntries(
@@ -306,7 +306,7 @@ def test_two_schedules_share_one_time_axis(visit):
             [box.dataset.op, [box.x, box.width].map((l) => l.baseVal.value)])))"""
     )
     scales = set()
-    for plan, found in zip((plans[5], plans[1]), boxes, strict=True):
+    for plan, found in zip((plans[6], plans[1]), boxes, strict=True):
         for place, (x, width) in found.items():
             event = plan.events[int(place)]
             scales.add(round(width / (event.end - event.start), 3))
