@@ -518,6 +518,7 @@ def replicated(replicas: list[int], num_microbatches: int, num_batches: int) -> 
     Before the first backward it runs one forward for each GPU from its stage on, shared among its
     replicas: on stage 0 that is NOAM. PipeDream (SOSP 2019), section 3.2.
 
+    >>> from pipedream_simple import format_rows
     >>> print(format_rows(replicated([2, 1], 2, 2)))
     GPU0: F0 F2 B0 B2
     GPU1: F1 F3 B1 B3
