@@ -496,7 +496,11 @@ def plan(
 
     found = best_plan(layers, gpus, bandwidth, straight, memory, progress)
     print(format_plan(found, layers))
-    events, seconds = simulate_plan(found, layers)
+    try:
+        events, seconds = simulate_plan(found, layers)
+    except UserError as error:
+        print(f"Not simulated: {error}")
+        return
     promised = max(stage.compute + stage.all_reduce for stage in found.stages)
     text = f"Simulated with 1F1B-RR and free messages: {seconds:.9f} s per minibatch once the "
     text += f"pipeline is full, {seconds / promised:.3f} times what the plan promises without them."
@@ -541,8 +545,8 @@ def simulate_plan(plan: Plan, layers: list[Layer]) -> tuple[list[Event], float]:
     replicas = [stage.replicas for stage in plan.stages]
     batch, num_stages = math.lcm(*replicas), len(replicas)
     num_batches = 3 * math.ceil(4 * sum(replicas) / batch) + 6
-    if batch * num_batches * num_stages > MOST_SIMULATED:
-        raise UserError("it has too many minibatches to be simulated")
+    if sum(replicas) > 256 or batch * num_batches * num_stages > MOST_SIMULATED:
+        raise UserError("a run with so many GPUs or such replicas is too long")
     of = [layers[stage.first : stage.last + 1] for stage in plan.stages]
     config = {
         "num_stages": num_stages,
