@@ -496,7 +496,11 @@ def plan(
 
     found = best_plan(layers, gpus, bandwidth, straight, memory, progress)
     print(format_plan(found, layers))
-    events, seconds = simulate_plan(found, layers)
+    try:
+        events, seconds = simulate_plan(found, layers)
+    except UserError as error:
+        print(f"Not simulated: {error}")
+        return
     promised = max(stage.compute + stage.all_reduce for stage in found.stages)
     text = f"Simulated with 1F1B-RR and free messages: {seconds:.9f} s per minibatch once the "
     text += f"pipeline is full, {seconds / promised:.3f} times what the plan promises without them."
@@ -518,6 +522,7 @@ def replicated(replicas: list[int], num_microbatches: int, num_batches: int) -> 
     Before the first backward it runs one forward for each GPU from its stage on, shared among its
     replicas: on stage 0 that is NOAM. PipeDream (SOSP 2019), section 3.2.
 
+    >>> from pipedream_simple import format_rows
     >>> print(format_rows(replicated([2, 1], 2, 2)))
     GPU0: F0 F2 B0 B2
     GPU1: F1 F3 B1 B3
@@ -540,8 +545,8 @@ def simulate_plan(plan: Plan, layers: list[Layer]) -> tuple[list[Event], float]:
     replicas = [stage.replicas for stage in plan.stages]
     batch, num_stages = math.lcm(*replicas), len(replicas)
     num_batches = 3 * math.ceil(4 * sum(replicas) / batch) + 6
-    if batch * num_batches * num_stages > MOST_SIMULATED:
-        raise UserError("it has too many minibatches to be simulated")
+    if sum(replicas) > 256 or batch * num_batches * num_stages > MOST_SIMULATED:
+        raise UserError("a run with so many GPUs or such replicas is too long")
     of = [layers[stage.first : stage.last + 1] for stage in plan.stages]
     config = {
         "num_stages": num_stages,

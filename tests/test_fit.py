@@ -63,6 +63,23 @@ def test_activations_are_the_bytes_that_pytorch_keeps_for_a_backward(hidden_size
     assert sum(kept.values()) == 4 * tokens * per_token
 
 
+def test_the_last_stage_also_keeps_what_the_loss_needs():
+    tokens, vocabulary = 24, 50
+    logits, labels = torch.randn(tokens, vocabulary, requires_grad=True), torch.zeros(tokens).long()
+    kept = {}
+
+    def pack(tensor):
+        if tensor.is_floating_point() and tensor.dim():
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        torch.nn.functional.cross_entropy(logits, labels)
+    net = complete({**FIT, "sequence": tokens, "vocabulary": vocabulary, "gpus": 4})
+    last, before = (memory_of(net, stage, 1, 1, False)[4] for stage in (3, 2))
+    assert last - before == sum(kept.values()) == 4 * tokens * vocabulary
+
+
 def test_activations_of_a_megatron_layer_are_the_published_34_s_b_h():
     """Korthikanti et al. 2022, equation 1: s b h (34 + 5 a s / h) bytes, of which dropout has
     2 s b h and 3 a s^2 b / ... : its masks take 2 s b h + a s^2 b, its output 2 a s^2 b."""

@@ -1,17 +1,22 @@
 """Replicated stages: rows, the time that the planner promises, and what they compute."""
 
+import sys
+
 import pytest
 import torch
 from reference import delayed_sgd
 
 from pipedream_planner import (
+    COLUMNS,
     Layer,
     best_plan,
+    differences,
+    main,
     replicated,
     simulate_plan,
     train_replicated,
 )
-from pipedream_simple import CONFIG, UserError, pin_versions, simulate, train
+from pipedream_simple import CONFIG, UserError, pin_versions, run_main, simulate, train
 
 SMALL = {
     **CONFIG,
@@ -95,6 +100,53 @@ def test_microbatches_that_replicas_cannot_share_are_refused():
     for wrong in (0, -1, 1.5, True, "2"):
         with pytest.raises(UserError, match="replicas"):
             train_replicated(SMALL, [wrong, 1])
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["pipedream_planner.py", *map(str, flags)])
+        status = run_main(main)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_train_prints_what_was_trained_and_draws_it(program, tmp_path):
+    status, out, err = program("train", "3-1", "--num_microbatches", 3, "--batch_size", 30)
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    config = {**CONFIG, "num_microbatches": 3, "batch_size": 30}
+    run, schedule, events = train_replicated(config, [3, 1])
+    assert f"Loss: {run.losses[0]:.4f} in the first batch, {run.losses[-1]:.4f} in the last" in out
+    assert f"4 GPUs, {max(e.end for e in events):g} time units" in out
+    for gpu, row in enumerate(schedule):
+        start = " ".join(f"{op.kind}{op.microbatch}" for op in row[:6])
+        assert f"GPU{gpu} (stage {row[0].stage}): {start}" in out
+    assert "between the weights of two replicas: 0\n" in out
+    flags = "--num_batches", 1, "--hidden_size", 8, "--out", tmp_path / "new"
+    assert program("train", "1-1", *flags)[0] == 0
+    assert (tmp_path / "new" / "plan.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_weights_that_differ_are_told_apart():
+    weights = {f"copies.{r}.w": torch.full((2,), 1.0 + 0.5 * (r == 2)) for r in range(3)}
+    assert differences(weights) == 0.5
+
+
+@pytest.mark.parametrize("plan", ["0", "2-", "x", "65", "1.5-1", "True", "3-1", "--num_stages"])
+def test_a_bad_plan_gets_one_line(program, plan):
+    status, out, err = program("train", plan)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+def test_a_plan_that_is_too_long_to_simulate_is_printed_all_the_same(program, tmp_path):
+    path = tmp_path / "chain.csv"
+    path.write_text(",".join(COLUMNS) + "\n" + "a,1,2,3,0\n" * 4)
+    status, out, err = program("plan", path, "--gpus", 300, "--bandwidth", 1e9)
+    assert (status, err) == (0, "")
+    assert out.startswith("Plan: ")
+    assert "Not simulated: a run with so many GPUs" in out
 
 
 def chain(*costs):
