@@ -440,9 +440,9 @@ def format_clock(
     lines = [
         *format_table(table),
         f"   Real: time of a run / batches, median of {len(runs)} (lowest to highest).",
-        "   Simulated: from each stage's forward, backward and update, measured while",
-        f"   nothing else ran, and a message from rank 0 to 1 while rank 0 works, {message:.2g} ms;",
-        "   without the engine's work for each op.",
+        "   Simulated: from forward, backward and update of each stage, measured while",
+        f"   nothing else ran, and from a message from rank 0 to 1 ({message:.2g} ms), which",
+        "   rank 0 sends and works on; without the engine's own work for each op.",
     ]
     cores = num_cores() if device.type == "cpu" else num_ranks
     if cores < num_ranks:

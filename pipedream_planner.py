@@ -234,21 +234,18 @@ def measure_stages(config: dict) -> dict[str, list[float]]:
 def measure_message(x: Tensor, work: Callable[[], object] = lambda: None) -> float:
     """Milliseconds that a tensor like x takes from rank 0 to rank 1. All ranks call this.
 
-    Rank 1 asks for it and waits; rank 0 sends it and goes on with some work, as in a run. (On a CPU
-    a message then takes longer: what sends it has to share the core.)
+    Rank 1 waits for it; rank 0 sends it and goes on with some work, as in a run. (On a CPU a
+    message may then take longer: what sends it has to share the core.)
     """
-    rank, took, ask = dist.get_rank(), [], torch.zeros(1)
+    rank, took = dist.get_rank(), []
     for _ in range(23):
+        dist.all_reduce(torch.zeros(1))  # wait for all; on the CPU, so that gloo carries it
         start = now(x.device)
-        if rank == 0:
-            dist.recv(ask, 1)
-            sending = dist.isend(x, 1)
-            work()
-            sending.wait()  # type: ignore[union-attr]
-        elif rank == 1:
-            coming = dist.irecv(x, 0)
-            dist.send(ask, 0)
-            coming.wait()  # type: ignore[union-attr]
+        if rank < 2:
+            message = dist.isend(x, 1) if rank == 0 else dist.irecv(x, 0)
+            if rank == 0:
+                work()
+            message.wait()  # type: ignore[union-attr]
         took.append(1000 * (now(x.device) - start))
     median = torch.tensor(statistics.median(took[3:]))  # 3 warm up
     dist.broadcast(median, src=1)
@@ -300,8 +297,9 @@ def profile(config: dict, file: Path | None = None) -> None:
     message, reason = time_message(sent) if num_stages > 1 else (0.0, "there is one stage")
     if file:
         forward, backward, _ = of_layers.values()
-        rows = [[x[0], *cost, *x[1:]] for x, *cost in zip(layers, forward, backward, strict=True)]
-        text = "".join(",".join(map(str, row)) + "\n" for row in [COLUMNS, *rows])
+        rows = zip(layers, forward, backward, strict=True)
+        lines = [f"{name},{f:.6g},{b:.6g},{out},{weights}" for (name, out, weights), f, b in rows]
+        text = "\n".join([",".join(COLUMNS), *lines, ""])
         write(file, lambda part: part.write_text(text, "utf-8"), config, ".csv")
 
     device = choose_device(config["device"])
@@ -319,7 +317,7 @@ def profile(config: dict, file: Path | None = None) -> None:
     excess = max(both) / statistics.fmean(both) - 1
     if num_stages > 1:
         print(f"Bottleneck: stage {both.index(max(both))}, {excess:.0%} slower than the mean")
-    print(f"A message of {sent:,} bytes between two processes: {message:.3f}")
+    print(f"A message of {sent:,} bytes between two processes: {message:.3f} ms")
     if reason:
         print(f"   Not measured, so taken as free: {reason}")
 
@@ -1036,7 +1034,7 @@ COMMANDS: dict[str, tuple[Callable, dict, Callable, dict]] = {  # function, keys
         profile,
         PROFILE,
         lambda config: check_lab_config({**LAB_CONFIG, **config}),
-        {"file": {"type": Path, "nargs": "?", "metavar": "my.csv"}},
+        {"file": {"type": Path, "nargs": "?", "default": None, "metavar": "my.csv"}},
     ),
     "plan": (
         plan,

@@ -1,10 +1,11 @@
 """Real time against simulated time: torchrun --nproc-per-node 2 tests/fidelity.py
 
 Two processes of one thread on two cores, on a network whose operations are long enough to measure.
-In every round rank 0 measures forward, backward and update of the stages and trains on the batches
-by itself, while the other one waits; then the two time a message; then both train, with every
-schedule. Each ratio is taken within one round, so it holds on a machine that is busy with other
-things. Nothing here is asserted.
+In every round rank 0 trains on the batches by itself, while the other one waits. Then both measure
+forward, backward and update of the stages, at the same time, since in a run both cores are busy;
+then they time a message, whose sender goes on computing. Then both train, with every schedule. What
+is simulated is known before that. Each ratio is taken within one round, so it holds on a machine
+that is busy with other things. Nothing here is asserted.
 """
 
 import statistics
@@ -43,13 +44,13 @@ def main() -> None:
     alone = {2: [], 1: []}  # threads -> milliseconds a batch
     for _ in range(ROUNDS):
         if first:
-            times = measure_stages(config)
             for threads, taken in alone.items():
                 torch.set_num_threads(threads)
                 one_process(config)  # warms up
                 taken.append(1000 * one_process(config) / num_batches)
             torch.set_num_threads(1)
         dist.barrier()
+        times = measure_stages(config)
         messages.append(time_message(plans[0], cpu))
         for plan in plans:
             reports = gather(run_rank(plan, cpu, num_runs=2))
