@@ -208,11 +208,11 @@ def microbatch_size(config: dict) -> int:
     return config["batch_size"] // config["num_microbatches"]
 
 
-def measure_stages(config: dict) -> dict[str, list[float]]:
+def measure_stages(config: dict, average: Callable = statistics.median) -> dict[str, list[float]]:
     """Milliseconds of a microbatch's forward and backward, and of an update, on each stage.
 
-    Medians of real training, one microbatch at a time: between two ops of a stage the others work,
-    so it finds its caches as cold as in a run. The first batch warms up and does not count.
+    Real training, one microbatch at a time: between two ops of a stage the others work, so it finds
+    its caches as cold as in a run. The first batch warms up and does not count.
     """
     device, size = choose_device(config["device"]), microbatch_size(config)
     config = {key: config[key] for key in CONFIG} | {"schedule": "naive", "num_batches": 6}
@@ -228,7 +228,7 @@ def measure_stages(config: dict) -> dict[str, list[float]]:
 
     train(config, watch=watch)
     stages = range(config["num_stages"])
-    return {key: [statistics.median(took[kind, s]) for s in stages] for kind, key in CLOCK.items()}
+    return {key: [average(took[kind, s]) for s in stages] for kind, key in CLOCK.items()}
 
 
 def measure_message(x: Tensor, work: Callable[[], object] = lambda: None) -> float:

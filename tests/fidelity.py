@@ -2,8 +2,8 @@
 
 Two processes of one thread on two cores, on a network whose operations are long enough to measure.
 In every round rank 0 trains on the batches by itself, while the other one waits. Then both measure
-forward, backward and update of the stages, at the same time, since in a run both cores are busy;
-then they time a message, whose sender goes on computing. Then both train, with every schedule. What
+forward, backward and update of the stages, at the same time, since in a run both cores are busy
+(means, not medians: a run is the sum of all its ops, slow ones too); then they time a message, whose sender goes on computing. Then both train, with every schedule. What
 is simulated is known before that. Each ratio is taken within one round, so it holds on a machine
 that is busy with other things. Nothing here is asserted.
 """
@@ -50,7 +50,7 @@ def main() -> None:
                 taken.append(1000 * one_process(config) / num_batches)
             torch.set_num_threads(1)
         dist.barrier()
-        times = measure_stages(config)
+        times = measure_stages(config, statistics.fmean)
         messages.append(time_message(plans[0], cpu))
         for plan in plans:
             reports = gather(run_rank(plan, cpu, num_runs=2))
