@@ -3,9 +3,9 @@
 Two processes of one thread on two cores, on a network whose operations are long enough to measure.
 In every round rank 0 trains on the batches by itself, while the other one waits. Then both measure
 forward, backward and update of the stages, at the same time, since in a run both cores are busy
-(means, not medians: a run is the sum of all its ops, slow ones too); then they time a message, whose sender goes on computing. Then both train, with every schedule. What
-is simulated is known before that. Each ratio is taken within one round, so it holds on a machine
-that is busy with other things. Nothing here is asserted.
+(means, not medians: a run is the sum of all its ops, slow ones too). Then they time a message,
+whose sender goes on computing. Only then both train, with every schedule. Each ratio is taken
+within one round, so it holds on a machine that is busy with other things. Nothing is asserted.
 """
 
 import statistics
