@@ -59,7 +59,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 import pipedream_lab as lab
-from pipedream_lab import Plan, now
+import pipedream_planner as planner
+from pipedream_lab import Plan
+from pipedream_planner import now
 from pipedream_simple import (
     Audit,
     Op,
@@ -398,23 +400,34 @@ def one_process(config: dict) -> float:
     return now(device) - started[0]
 
 
-def simulated_time(plan: Plan, forward: list[float], backward: list[float]) -> float:
-    """The time of a batch, when a forward and a backward take so long on each stage."""
-    measured = {"forward_time": forward, "backward_time": backward, "comm_time": 0}
-    halves = {"weight_gradient_time": 0}  # of the backward: they are not measured
-    events = simulate(plan.schedule, {**plan.config, **measured, **halves})
+def simulated_time(plan: Plan, times: dict[str, list[float]], message: float) -> float:
+    """The time of a batch, when the ops of each stage and a message between ranks take so long."""
+    measured = {**times, "comm_time": message, "weight_gradient_time": 0}  # 0: half a backward
+    events = simulate(plan.schedule, {**plan.config, **measured})
     return makespan(events) / plan.config["num_batches"]
 
 
-def format_clock(reports: list[Report], plan: Plan, device: torch.device) -> str:
+def time_message(plan: Plan, device: torch.device) -> float:
+    """Milliseconds of a message from rank 0 to rank 1, while rank 0 goes on with a forward."""
+    if len(plan.schedule) == 1:
+        return 0.0
+    size = planner.microbatch_size(plan.config)
+    stage, x = build_stages(plan.config)[0].to(device), torch.zeros(size, 64, device=device)
+    return planner.measure_message(stage(x).detach(), lambda: stage(x))
+
+
+def format_clock(
+    reports: list[Report], plan: Plan, device: torch.device, message: float = 0
+) -> str:
     """The time of a batch: real and simulated, in a pipeline and without one."""
     num_batches, num_ranks = plan.config["num_batches"], len(reports)
     runs = [max(took) for took in zip(*(report.seconds for report in reports), strict=True)][1:]
     config = {**plan.config, "device": str(device)}
     plain = [one_process(config) for _ in range(len(runs) + 1)][1:]  # the first warms up
-    times = lab.measure_stages(config)
-    simulated = simulated_time(plan, *times)
-    one_by_one = config["num_microbatches"] * sum(map(sum, times))
+    times = planner.measure_stages(config)
+    simulated = simulated_time(plan, times, message)
+    forward, backward, update = map(sum, times.values())
+    one_by_one = config["num_microbatches"] * (forward + backward) + update
     one, real = (1000 * statistics.median(took) / num_batches for took in (plain, runs))
     lowest, highest = (1000 * took / num_batches for took in (min(runs), max(runs)))
     ranks, spread = count(num_ranks, "process"), f"({lowest:.4g} to {highest:.4g})"
@@ -428,8 +441,9 @@ def format_clock(reports: list[Report], plan: Plan, device: torch.device) -> str
     lines = [
         *format_table(table),
         f"   Real: time of a run / batches, median of {len(runs)} (lowest to highest).",
-        "   Simulated: from each stage's forward and backward, measured while nothing",
-        "   else ran; without sending, updates, and the engine's work for each op.",
+        "   Simulated: from forward, backward and update of each stage, measured while",
+        f"   nothing else ran, and from a message from rank 0 to 1 ({message:.2g} ms), which",
+        "   rank 0 sends and works on; without the engine's own work for each op.",
     ]
     cores = num_cores() if device.type == "cpu" else num_ranks
     if cores < num_ranks:
@@ -620,13 +634,14 @@ def run_process(plan: Plan, device: torch.device, config: dict) -> bool:
         if first:
             with contextlib.suppress(BrokenPipeError):  # | head: go on, the other ranks wait
                 print(format_start(plan, device), flush=True)
+        message = time_message(plan, device)
         reports = gather(run_rank(plan, device, num_runs=1 + config["repeats"]))
         dist.destroy_process_group()  # the other ranks have nothing more to do, and leave
     except (RuntimeError, ValueError) as error:
         if LOST_WORDS.search(str(error)):
             lose(str(error))
         raise
-    return not first or print_results(reports, plan, device)
+    return not first or print_results(reports, plan, device, message)
 
 
 def lose(error: str) -> NoReturn:
@@ -636,14 +651,14 @@ def lose(error: str) -> NoReturn:
     os._exit(LOST)
 
 
-def print_results(reports: list[Report], plan: Plan, device: torch.device) -> bool:
+def print_results(reports: list[Report], plan: Plan, device: torch.device, message: float) -> bool:
     """Print what came out; does the proof hold?"""
     losses = [loss for report in reports for loss in report.losses]
     print(f"Training results ({count(len(losses), 'batch')}):")
     print("\n".join(f"- {format_loss(batch, losses)}" for batch in batches_shown(len(losses))))
     holds, proof = prove(reports, plan, device)
     print(f"\n{proof}\n", flush=True)
-    print(f"📊 REAL AND SIMULATED TIME\n{format_clock(reports, plan, device)}", flush=True)
+    print(f"📊 REAL AND SIMULATED TIME\n{format_clock(reports, plan, device, message)}", flush=True)
     return holds
 
 

@@ -1,13 +1,11 @@
 #!/usr/bin/env python3
-"""Which schedule? More of them, files for other tools, measured times, and memory in bytes.
+"""Which schedule? More of them, files for other tools, and memory in bytes.
 
     python pipedream_lab.py compare              every schedule on the same batches, and a picture
     python pipedream_lab.py why                  why are the GPUs idle? or --gpu 1 --time 4
     python pipedream_lab.py in_flight            what if each GPU ran one more forward ahead?
     python pipedream_lab.py export my.csv        write a schedule as PyTorch reads it
     python pipedream_lab.py compare --schedule my.csv   read one, and compare it with ours
-    python pipedream_lab.py profile              how long do the stages take on this device?
-    python pipedream_lab.py balance              cut a network so that its slowest stage is fast
     python pipedream_lab.py papers               do the numbers agree with the papers?
     python pipedream_lab.py trace run.json       the simulated run, for Perfetto
 
@@ -22,10 +20,8 @@ import itertools
 import json
 import math
 import re
-import statistics
 import sys
 import textwrap
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -981,130 +977,6 @@ def trace_events(plan: Plan) -> Iterator[dict]:
             yield {**arrow, "ph": "f", "pid": device, "ts": 500 * (start + end), "bp": "e"}
 
 
-# ------------------------------------------------------------------------ profile and balance
-
-
-def now(device: torch.device) -> float:
-    """The time in seconds, once the device has finished all its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
-def measure_stages(config: dict, modules=()) -> tuple[list[float], list[float]]:
-    """Milliseconds of a microbatch's forward, and of its backward, on each stage (or module)."""
-    device, modules = choose_device(config["device"]), [*modules] or build_stages(config)
-    x, labels = split_batches({**config, "num_batches": 1}, torch.float32)[0]
-    medians = []
-    for module in modules:
-        module.to(device)
-        times = []
-        for _ in range(23):
-            start = now(device)
-            output = module(x)
-            result = output if module is not modules[-1] else cross_entropy(output, labels)
-            middle = now(device)
-            result.backward(torch.ones_like(result))
-            times.append((1000 * (middle - start), 1000 * (now(device) - middle)))
-        medians.append([*map(statistics.median, zip(*times[3:], strict=True))])  # 3 warm up
-        x = output.detach().requires_grad_()
-    return [forward for forward, _ in medians], [backward for _, backward in medians]
-
-
-def profile(config: dict) -> None:
-    """Measure the stages on this device; what would as many of it reach with each schedule?"""
-    forward, backward = measure_stages(config)
-    device = choose_device(config["device"])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    images = count(config["batch_size"] // config["num_microbatches"], "image")
-    print(f"Measured on {name}, medians of warm runs: milliseconds for a microbatch of {images}")
-    table = [["", "forward", "backward", "backward / forward"]]
-    for stage, (f, b) in enumerate(zip(forward, backward, strict=True)):
-        table.append([f"stage {stage}", f"{f:.3f}", f"{b:.3f}", f"{b / f:.2f}"])
-    print("\n".join(shorten(format_table(table), 24, "stages")))
-    both = [f + b for f, b in zip(forward, backward, strict=True)]
-    excess = max(both) / statistics.fmean(both) - 1
-    if len(both) > 1:
-        print(f"Bottleneck: stage {both.index(max(both))}, {excess:.0%} slower than the mean")
-
-    measured = {"forward_time": forward, "backward_time": backward, "weight_gradient_time": 0}
-    plans, reasons = all_plans({**config, **measured})
-    one_gpu = config["num_microbatches"] * sum(both)
-    print(f"\nSimulated with these times on {count(config['num_stages'], 'such GPU')}.")
-    table = [["schedule", "ms per batch", "busy", f"speed-up over one GPU ({one_gpu:.3g} ms)"]]
-    for plan in plans:
-        batch = makespan(plan.events) / config["num_batches"]
-        cells = f"{batch:.3g}", f"{utilization(plan.events):.1%}", f"{one_gpu / batch:.2f}x"
-        table.append([plan.name, *cells])
-    print("\n".join([*format_table(table), *reasons]))
-
-
-def partition(costs: list[float], num_stages: int) -> list[int]:
-    """Where to cut a row of layers into stages so that the slowest stage is as fast as it can be.
-
-    Returns the number of layers in each stage. Exact, by dynamic programming over the first layers
-    and stages, as PipeDream's planner (SOSP 2019, section 3.1) but without replicas and sending.
-
-    >>> partition([1, 1, 1, 1, 4], 2)
-    [4, 1]
-    """
-    sums = [0, *itertools.accumulate(costs)]
-    best: list[tuple[float, list[int]]] = [(0, [])]  # of the first so many layers, in no stage
-    best += [(math.inf, [])] * len(costs)
-    for stages in range(1, num_stages + 1):
-        longer, begin = [(math.inf, best[0][1])] * len(best), stages - 1
-        for layers in range(stages, len(best)):
-            # More layers before the last stage: those before it slow down, it gets faster. So the
-            # best place is where they meet, and moves only forward as layers are added.
-            while begin + 1 < layers and best[begin + 1][0] <= sums[layers] - sums[begin]:
-                begin += 1
-            slowest, counts = max(best[begin][0], sums[layers] - sums[begin]), best[begin][1]
-            longer[layers] = slowest, [*counts, layers - begin]
-        best = longer
-    return best[-1][1]
-
-
-def uneven_layers(config: dict) -> list[nn.Module]:
-    """A network whose layers differ in cost: as many as CONFIG has, the later the narrower."""
-    depth, width = config["num_stages"] * config["layers_per_stage"], config["hidden_size"]
-    widths = [64, *(max(10, round(8 * width * (1 - k / depth))) for k in range(depth - 1)), 10]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config["seed"])
-        return [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
-
-
-def balance(config: dict) -> None:
-    """Measure the layers of a network whose layers differ; cut it evenly, and by their cost.
-
-    That network is one of Linear layers, the later the narrower; or CONFIG's transformer.
-    """
-    plan = make_plan(config)
-    num_stages = plan.config["num_stages"]
-    if len(plan.schedule) != num_stages:
-        raise UserError(f"{plan.name}: a GPU holds several stages, but balance cuts one for each")
-    layers = [layer for stage in build_stages(plan.config) for layer in stage.children()]
-    layers = layers if config["network"] == "transformer" else uneven_layers(plan.config)
-    forward, backward = measure_stages(plan.config, layers)
-    costs = [f + b for f, b in zip(forward, backward, strict=True)]
-    print(f"{count(len(costs), 'layer')}, ms:", format_per_gpu([f"{c:.3f}" for c in costs], 10))
-    table = [["cut", "layers", "ms of each stage", "ms per batch", "busy", "speed-up"]]
-    even, cuts = [plan.config["layers_per_stage"]] * num_stages, partition(costs, num_stages)
-    batches = []
-    for name, sizes in (("even", even), ("balanced", cuts)):
-        ends = [*itertools.accumulate(sizes)]
-        parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        settings: dict = {"forward_time": [sum(forward[part]) for part in parts]}
-        settings["weight_gradient_time"] = 0
-        settings["backward_time"] = [sum(backward[part]) for part in parts]
-        events = make_plan({**config, **settings}).events
-        batches.append(makespan(events) / config["num_batches"])
-        stages = format_per_gpu([f"{sum(costs[part]):.3g}" for part in parts])
-        cells = stages, f"{batches[-1]:.3g}", f"{utilization(events):.1%}"
-        speed_up = f"{batches[0] / batches[-1]:.2f}x"
-        table.append([name, format_per_gpu(sizes, 8), *cells, speed_up])
-    print("\n".join(format_table(table)))
-
-
 # ------------------------------------------------------------------------------------- papers
 
 
@@ -1133,8 +1005,6 @@ COMMANDS: dict[str, tuple[Callable, dict]] = {  # -> (function, its flags beside
         },
     ),
     "export": (export, {"file": {"type": Path, "metavar": "my.csv"}}),
-    "profile": (profile, {}),
-    "balance": (balance, {}),
     "papers": (papers, {}),
     "trace": (trace, {"file": {"type": Path, "metavar": "run.json"}}),
 }

@@ -3,11 +3,13 @@
 
     python pipedream_planner.py plan vgg16.txt --gpus 16 --bandwidth 3.125e9
     python pipedream_planner.py plan vgg16.txt --gpus 8 2 --bandwidth 3e10 3.125e9
+    python pipedream_planner.py profile my.csv
     python pipedream_planner.py plan my.csv --gpus 4 --bandwidth 1e9 --straight --memory 16e9
     python pipedream_planner.py train 2-1-1      train a plan on the digits: replicas are real
     python pipedream_planner.py fit --gpus 8     does a 7B or 70B transformer fit? how fast is it?
 
-The second is about 2 machines with 8 GPUs each. COMMAND --help says more.
+The second is about 2 machines with 8 GPUs each; the third measures a network here, and the fourth
+cuts it. COMMAND --help says more.
 
 A pipeline is as fast as its slowest stage. A slow stage may be cut again, or replicated: with R
 replicas, each takes every R-th minibatch, and they add up their gradients (all-reduce), as in data
@@ -16,11 +18,14 @@ parallelism. Paper: PipeDream (SOSP 2019).
 """
 
 import copy
+import datetime
 import functools
 import itertools
 import math
 import re
+import statistics
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -30,9 +35,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor, multiprocessing, nn
 
-from pipedream_lab import LAB_CONFIG, choose_command, make_plan, read_cells, read_text
+from pipedream_lab import (
+    LAB_CONFIG,
+    all_plans,
+    check_lab_config,
+    choose_command,
+    make_plan,
+    read_cells,
+    read_text,
+    write,
+)
 from pipedream_simple import (
     CONFIG,
     Event,
@@ -42,8 +57,10 @@ from pipedream_simple import (
     UserError,
     Weights,
     Worker,
+    build_stages,
     check_config,
     check_value,
+    choose_device,
     count,
     format_per_gpu,
     format_table,
@@ -62,7 +79,7 @@ from pipedream_simple import (
     utilization,
 )
 
-# ------------------------------------------------------------------------------------ profile
+# ------------------------------------------------------------------------------------ reading
 
 
 class Layer(NamedTuple):
@@ -175,6 +192,153 @@ def in_order(keys: list[str], edges: list[tuple[str, str]], name: str) -> list[s
         order.append(ready.pop(0))
         sorter.done(order[-1])
     return order
+
+
+# -------------------------------------------------------------------------------------- clock
+
+CLOCK = {"F": "forward_time", "B": "backward_time", "U": "update_time"}  # what simulate reads
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds, once the device has finished all its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def microbatch_size(config: dict) -> int:
+    return config["batch_size"] // config["num_microbatches"]
+
+
+def measure_stages(config: dict, average: Callable = statistics.median) -> dict[str, list[float]]:
+    """Milliseconds of a microbatch's forward and backward, and of an update, on each stage.
+
+    Real training, one microbatch at a time: between two ops of a stage the others work, so it finds
+    its caches as cold as in a run. The first batch warms up and does not count.
+    """
+    device, size = choose_device(config["device"]), microbatch_size(config)
+    config = {key: config[key] for key in CONFIG} | {"schedule": "naive", "num_batches": 6}
+    config |= {"num_microbatches": 4, "batch_size": 4 * size}
+    took: dict[tuple[str, int], list[float]] = {}
+    last = 0.0
+
+    def watch(op: Op, worker: Worker) -> None:
+        nonlocal last
+        start, last = last, now(device)
+        if op.version > 0:
+            took.setdefault((op.kind, op.stage), []).append(1000 * (last - start))
+
+    train(config, watch=watch)
+    stages = range(config["num_stages"])
+    return {key: [average(took[kind, s]) for s in stages] for kind, key in CLOCK.items()}
+
+
+def measure_message(x: Tensor, work: Callable[[], object] = lambda: None) -> float:
+    """Milliseconds that a tensor like x takes from rank 0 to rank 1. All ranks call this.
+
+    Rank 1 waits for it; rank 0 sends it and goes on with some work, as in a run. (On a CPU a
+    message may then take longer: what sends it has to share the core.)
+    """
+    rank, took = dist.get_rank(), []
+    for _ in range(23):
+        dist.all_reduce(torch.zeros(1))  # wait for all; on the CPU, so that gloo carries it
+        start = now(x.device)
+        if rank < 2:
+            message = dist.isend(x, 1) if rank == 0 else dist.irecv(x, 0)
+            if rank == 0:
+                work()
+            message.wait()  # type: ignore[union-attr]
+        took.append(1000 * (now(x.device) - start))
+    median = torch.tensor(statistics.median(took[3:]))  # 3 warm up
+    dist.broadcast(median, src=1)
+    return median.item()
+
+
+def one_of_two(rank: int, num_bytes: int, folder: str) -> None:
+    """A process that time_message starts. Rank 0 writes down what they have measured."""
+    meet, patience = Path(folder, "meet").as_uri(), datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", meet, patience, world_size=2, rank=rank)
+    milliseconds = measure_message(torch.zeros(num_bytes, dtype=torch.uint8))
+    if rank == 0:
+        Path(folder, "milliseconds").write_text(str(milliseconds))
+    dist.destroy_process_group()
+
+
+def time_message(num_bytes: int) -> tuple[float, str]:
+    """Milliseconds of a message between two processes, started for this; or 0, and why."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            multiprocessing.spawn(one_of_two, (num_bytes, folder), nprocs=2)
+            return float(Path(folder, "milliseconds").read_text()), ""
+        except Exception as error:  # whatever keeps processes from starting, meeting or sending
+            return 0.0, str(error).strip().rpartition("\n")[2][:200]
+
+
+def describe_layers(config: dict) -> list[list]:
+    """Name, bytes of the output for a microbatch, and bytes of the weights of every layer."""
+    x, found = torch.empty(microbatch_size(config), 64, device="meta"), []
+    for layer in itertools.chain.from_iterable(stage.children() for stage in build_stages(config)):
+        x = layer.to("meta")(x)
+        parts = layer if isinstance(layer, nn.Sequential) else [layer]
+        name = "+".join(type(part).__name__ for part in parts)
+        found.append([name, x.nbytes, sum(w.nbytes for w in layer.parameters())])
+    return found
+
+
+def profile(config: dict, file: Path | None = None) -> None:
+    """Measure layers, stages and a message here. What would each schedule reach with these times?
+
+    Given a file name, my.csv, it writes the layers for `plan my.csv`, which calls a microbatch a
+    minibatch. The network is the transformer, unless --network says residual.
+    """
+    config = {**LAB_CONFIG, **config}
+    layers, num_stages = describe_layers(config), config["num_stages"]
+    of_layers = measure_stages({**config, "num_stages": len(layers), "layers_per_stage": 1})
+    of_stages = measure_stages(config)
+    sent = layers[config["layers_per_stage"] - 1][1]
+    message, reason = time_message(sent) if num_stages > 1 else (0.0, "there is one stage")
+    if file:
+        forward, backward, _ = of_layers.values()
+        rows = zip(layers, forward, backward, strict=True)
+        lines = [f"{name},{f:.6g},{b:.6g},{out},{weights}" for (name, out, weights), f, b in rows]
+        text = "\n".join([",".join(COLUMNS), *lines, ""])
+        write(file, lambda part: part.write_text(text, "utf-8"), config, ".csv")
+
+    device = choose_device(config["device"])
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    images = count(microbatch_size(config), "image")
+    print(f"Measured on {where}, medians of warm runs: milliseconds for a microbatch of {images}")
+    for what, times in (("layer", of_layers), ("stage", of_stages)):
+        table = [[what, "forward", "backward", "update", ""]]
+        for i, costs in enumerate(zip(*times.values(), strict=True)):
+            name = layers[i][0][:40] if what == "layer" else ""
+            table.append([str(i), *(f"{cost:.3f}" for cost in costs), name])
+        print("\n".join([*shorten(format_table(table), 20, f"{what}s"), ""]))
+    forward, backward, update = of_stages.values()
+    both = [f + b for f, b in zip(forward, backward, strict=True)]
+    excess = max(both) / statistics.fmean(both) - 1
+    if num_stages > 1:
+        print(f"Bottleneck: stage {both.index(max(both))}, {excess:.0%} slower than the mean")
+    print(f"A message of {sent:,} bytes between two processes: {message:.3f} ms")
+    if reason:
+        print(f"   Not measured, so taken as free: {reason}")
+
+    measured = {"forward_time": forward, "backward_time": backward, "comm_time": message}
+    plans, reasons = all_plans({**config, **measured})
+    one_gpu = config["num_microbatches"] * sum(both) + sum(update)
+    print(f"\nSimulated with these times on {count(num_stages, 'such GPU')}.")
+    table = [["schedule", "ms per batch", "busy", f"speed-up over one GPU ({one_gpu:.3g} ms)"]]
+    for label, settings, schedule, _ in plans:
+        update_time = [0.0] * settings["num_stages"]
+        for milliseconds, row in zip(update, schedule, strict=True):
+            stages = {op.stage for op in row}  # where a GPU has several, they share its time
+            for stage in stages:
+                update_time[stage] = milliseconds / len(stages)
+        events = simulate(schedule, {**settings, "update_time": update_time})
+        batch = makespan(events) / config["num_batches"]
+        cells = f"{batch:.3g}", f"{utilization(events):.1%}", f"{one_gpu / batch:.2f}x"
+        table.append([label, *cells])
+    print("\n".join([*format_table(table), *reasons]))
 
 
 # ------------------------------------------------------------------------------------- search
@@ -871,7 +1035,15 @@ def advise(net: dict, ways: dict[str, tuple[list[list[float]], float]]) -> list[
 LEVELS = {"nargs": "+", "type": parse_value, "required": True}
 OUT = {"type": Path, "metavar": "DIR", "help": "folder for plan.png, the timeline"}
 TRAIN = {key: CONFIG[key] for key in CONFIG if key not in ("num_stages", "schedule")}
+MEASURED = {"schedule", "forward_time", "backward_time", "comm_time", "verbose"}
+PROFILE = {k: LAB_CONFIG[k] for k in LAB_CONFIG if k not in MEASURED} | {"network": "transformer"}
 COMMANDS: dict[str, tuple[Callable, dict, Callable, dict]] = {  # function, keys, check, flags
+    "profile": (
+        profile,
+        PROFILE,
+        lambda config: check_lab_config({**LAB_CONFIG, **config}),
+        {"file": {"type": Path, "nargs": "?", "default": None, "metavar": "my.csv"}},
+    ),
     "plan": (
         plan,
         {},

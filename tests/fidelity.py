@@ -1,9 +1,11 @@
 """Real time against simulated time: torchrun --nproc-per-node 2 tests/fidelity.py
 
 Two processes of one thread on two cores, on a network whose operations are long enough to measure.
-In every round rank 0 measures the forward and backward of the stages and trains on the batches by
-itself, while the other one waits; then both train, with every schedule. Each ratio is taken within
-one round, so it holds on a machine that is busy with other things. Nothing here is asserted.
+In every round rank 0 trains on the batches by itself, while the other one waits. Then both measure
+forward, backward and update of the stages, at the same time, since in a run both cores are busy
+(means, not medians: a run is the sum of all its ops, slow ones too). Then they time a message,
+whose sender goes on computing. Only then both train, with every schedule. Each ratio is taken
+within one round, so it holds on a machine that is busy with other things. Nothing is asserted.
 """
 
 import statistics
@@ -15,8 +17,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipedream_distributed import gather, one_process, run_rank, simulated_time
-from pipedream_lab import LAB_CONFIG, make_plan, measure_stages
+from pipedream_distributed import gather, one_process, run_rank, simulated_time, time_message
+from pipedream_lab import LAB_CONFIG, make_plan
+from pipedream_planner import measure_stages, microbatch_size
 from pipedream_simple import SCHEDULES, format_table
 
 ROUNDS = 15
@@ -37,20 +40,22 @@ def main() -> None:
     num_batches = config["num_batches"]
     plans = [make_plan({**config, "schedule": name}) for name in SCHEDULES]
     real, simulated = {name: [] for name in SCHEDULES}, {name: [] for name in SCHEDULES}
+    messages = []  # milliseconds
     alone = {2: [], 1: []}  # threads -> milliseconds a batch
     for _ in range(ROUNDS):
         if first:
-            times = measure_stages(config)
             for threads, taken in alone.items():
                 torch.set_num_threads(threads)
                 one_process(config)  # warms up
                 taken.append(1000 * one_process(config) / num_batches)
             torch.set_num_threads(1)
         dist.barrier()
+        times = measure_stages(config, statistics.fmean)
+        messages.append(time_message(plans[0], cpu))
         for plan in plans:
             reports = gather(run_rank(plan, cpu, num_runs=2))
             if first:
-                simulated[plan.name].append(simulated_time(plan, *times))
+                simulated[plan.name].append(simulated_time(plan, times, messages[-1]))
                 real[plan.name].append(1000 * max(r.seconds[1] for r in reports) / num_batches)
     if first:
         table = [["", "ms per batch", "simulated", "real / simulated", "speed-up", "simulated"]]
@@ -74,7 +79,9 @@ def main() -> None:
         print(
             f"{ROUNDS} rounds of {num_batches} batches: hidden size {config['hidden_size']}, "
             f"{config['num_microbatches']} microbatches of "
-            f"{config['batch_size'] // config['num_microbatches']} images, 1 thread per process\n"
+            f"{microbatch_size(config)} images, 1 thread per process;\n"
+            f"a message of {4 * config['hidden_size'] * microbatch_size(config):,} bytes took "
+            f"{spread(messages, 2)} ms\n"
         )
         print("\n".join(format_table(table)))
     dist.destroy_process_group()

@@ -22,6 +22,7 @@ from torch.distributed.pipelining import schedules as engines
 
 import pipedream_distributed
 import pipedream_lab
+import pipedream_planner
 import pipedream_simple
 from pipedream_distributed import (
     LOST,
@@ -319,8 +320,9 @@ def test_the_clock_takes_the_slowest_rank_and_leaves_the_first_run_out(
     plan = make_plan({**SMALL, "num_stages": 2, "schedule": schedule, "comm_time": 5})
     of_ranks = ([9.0, 0.3, 0.1, 0.4], [9.0, 0.2, 0.5, 0.1])  # seconds of each run
     reports = [Report([], [], {}, [took / small for took in seconds]) for seconds in of_ranks]
-    times, alone = ([1.0, 1.0], [2.0, 2.0]), iter([9.0, 0.125, 0.15, 0.1])
-    monkeypatch.setattr(pipedream_lab, "measure_stages", lambda config: times)
+    times = {"forward_time": [1.0, 1.0], "backward_time": [2.0, 2.0], "update_time": [0.0, 0.0]}
+    alone = iter([9.0, 0.125, 0.15, 0.1])
+    monkeypatch.setattr(pipedream_planner, "measure_stages", lambda config: times)
     monkeypatch.setattr(pipedream_distributed, "one_process", lambda config: next(alone))
     monkeypatch.setattr(pipedream_distributed, "num_cores", lambda: cores)
     text = format_clock(reports, plan, CPU)

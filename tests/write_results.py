@@ -285,9 +285,9 @@ def real_time() -> str:
     """## Real time against simulated time
 
     `torchrun --nproc-per-node 2 tests/fidelity.py`: two processes on two cores. Median (lowest to
-    highest) of its rounds. Simulated: from the forward and backward of each stage, measured in the
-    same round by one process alone, without sending and updates. Speed-up: over one
-    process with one thread; simulated, over the naive schedule.
+    highest) of its rounds. Simulated: from forward, backward and update of each stage, and from a
+    message, measured in the same round before the run; without the engine's own work for each op.
+    Speed-up: over one process with one thread; simulated, over the naive schedule.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node=2", str(ROOT / "tests" / "fidelity.py")]
