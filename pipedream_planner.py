@@ -38,12 +38,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing, nn
 
+from pipedream_fit import FIT, check_fit, describe, fit
 from pipedream_lab import (
     LAB_CONFIG,
     all_plans,
     check_lab_config,
     choose_command,
-    make_plan,
     read_cells,
     read_text,
     write,
@@ -68,8 +68,6 @@ from pipedream_simple import (
     one_f_one_b,
     parse_config,
     parse_value,
-    peak_in_flight,
-    peak_versions,
     pin_versions,
     run_main,
     shorten,
@@ -848,188 +846,6 @@ def train_replicated(
     return train(config, dtype, events=events, worker_class=worker), schedule, events
 
 
-# ---------------------------------------------------------------------------------------- fit
-
-NETWORK = ["layers", "hidden_size", "heads", "kv_heads", "ffn", "vocabulary", "sequence"]
-PRESETS = {  # Touvron et al. 2023 (arXiv 2307.09288), and the models' own configuration files
-    "llama-2-7b": (32, 4096, 32, 32, 11_008, 32_000, 4096),
-    "llama-2-70b": (80, 8192, 64, 8, 28_672, 32_000, 4096),
-}
-PRECISION = {"bf16": (2, 4), "fp32": (4, 0)}  # bytes of a number, and of the optimizer's copy
-OPTIMIZER = {"sgd": 0, "momentum": 4, "adam": 8}  # bytes per parameter, next to that copy
-FIT = {
-    "model": "llama-2-7b",
-    **dict.fromkeys(NETWORK),  # as in the model, unless given
-    "gpus": 8,  # one stage each
-    "num_microbatches": 32,
-    "microbatch_size": 1,  # sequences
-    "precision": "bf16",
-    "optimizer": "adam",
-    "flash_attention": True,  # False: the matrices of attention are kept
-    "memory": 80e9,  # bytes of a GPU
-}
-FIT_RULES = {
-    **dict.fromkeys([*NETWORK, "microbatch_size"], (int, 1, 10_000_000)),
-    **{"gpus": (int, 1, 256), "num_microbatches": (int, 1, 1024)},
-    **{"flash_attention": (bool,), "memory": (float, 1, 1e18)},
-}
-CHOICES: dict[str, dict] = {"model": PRESETS, "precision": PRECISION, "optimizer": OPTIMIZER}
-
-
-def check_fit(config: dict) -> None:
-    """Raise a UserError for the first wrong value."""
-    for key, value in config.items():
-        if key in CHOICES and value not in [*CHOICES[key]]:  # a list cannot be looked up
-            raise UserError(f"{key}={shown(value)} must be one of {', '.join(CHOICES[key])}")
-        if key in FIT_RULES and value is not None:
-            check_value(key, value, FIT_RULES[key])
-    net = complete(config)
-    for key, divisor in (("hidden_size", "heads"), ("heads", "kv_heads")):
-        if net[key] % net[divisor]:
-            raise UserError(f"{key}={net[key]} must be a multiple of {divisor}={net[divisor]}")
-    if net["layers"] < net["gpus"]:
-        raise UserError(f"layers={net['layers']} cannot be cut into gpus={net['gpus']} stages")
-
-
-def complete(config: dict) -> dict:
-    """The config with its model's numbers where none are given."""
-    preset = dict(zip(NETWORK, PRESETS[config["model"]], strict=True))
-    return {k: preset[k] if value is None else value for k, value in config.items()}
-
-
-def count_parameters(net: dict) -> tuple[int, int]:
-    """Of a layer of Llama 2, and of the embedding; the head has as many, and a norm.
-
-    Queries, keys, values and the projection after them; an MLP of three matrices; two norms.
-    """
-    h, keys = net["hidden_size"], net["hidden_size"] // net["heads"] * net["kv_heads"]
-    return 2 * h * h + 2 * h * keys + 3 * h * net["ffn"] + 2 * h, net["vocabulary"] * h
-
-
-def count_activations(h: int, heads: int, kv_heads: int, ffn: int, mlp: int = 4) -> int:
-    """Numbers that a layer keeps per token, from its forward to its backward.
-
-    Input and output of two norms, queries, output of attention; keys and values; a scale per norm
-    and its mean, and one per head. The MLP keeps its hidden size mlp times: 1 with ReLU, 2 with
-    GELU, 4 with SwiGLU. Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1, counts 34 h bytes
-    with GELU and ffn = 4 h: these 2 (8 h + 2 * 4 h), and 2 h of dropout, which is left out here.
-    """
-    return 6 * h + 2 * (h // heads) * kv_heads + mlp * ffn + 4 + heads
-
-
-def memory_of(net: dict, stage: int, versions: int, in_flight: int, recompute: bool) -> list[float]:
-    """Bytes on a stage's GPU: weights, gradients, optimizer, stashed weights, activations."""
-    last, tokens = net["gpus"] - 1, net["microbatch_size"] * net["sequence"]
-    layers = net["layers"] // net["gpus"] + (stage < net["layers"] % net["gpus"])
-    of_layer, embedding = count_parameters(net)
-    parameters = layers * of_layer + embedding * ((stage == 0) + (stage == last))
-    parameters += net["hidden_size"] * (stage == last)
-    size, fp32_copy = PRECISION[net["precision"]]
-    sizes = [net[key] for key in ("hidden_size", "heads", "kv_heads", "ffn")]
-    kept = layers * tokens * count_activations(*sizes)
-    if not net["flash_attention"]:  # the softmax; same section
-        kept += layers * tokens * net["sequence"] * net["heads"]
-    numbers = in_flight * tokens * net["hidden_size"] + kept if recompute else in_flight * kept
-    logits = 4 * tokens * net["vocabulary"] * (stage == last)  # fp32, of one microbatch
-    per_parameter = size, size, fp32_copy + OPTIMIZER[net["optimizer"]], size * (versions - 1)
-    return [*(parameters * each for each in per_parameter), size * numbers + logits]
-
-
-def ways_to_run(net: dict) -> Iterator[tuple[str, Schedule, bool, float]]:
-    """Name, rows, recompute, and the time of a batch in forwards of a stage, backward = 2."""
-    gpus, number = net["gpus"], net["num_microbatches"]
-    flush = {"num_stages": gpus, "num_microbatches": number, "batch_size": number, "num_batches": 1}
-    two_versions = {**flush, "num_batches": 3, "vertical_sync": True}
-    paper = {**flush, "num_microbatches": 1, "batch_size": 1, "num_batches": 2 * gpus}
-    for name, schedule, settings in (
-        ("gpipe", "gpipe", flush),
-        ("1f1b", "1f1b", flush),
-        ("zb-h1", "zb-h1", flush),
-        ("pipedream 2BW", "pipedream", two_versions),
-        ("pipedream 2019", "pipedream", paper),
-    ):
-        if settings is two_versions and number < gpus:
-            continue  # 2BW needs as many (ICML 2021, section 3.1)
-        for recompute in (False, True):
-            config = {**LAB_CONFIG, **settings, "schedule": schedule, "recompute": recompute}
-            plan = make_plan({**config, "backward_time": 2})
-            time = makespan(plan.events)
-            if schedule == "pipedream":  # once the pipeline is full, no GPU is idle
-                time = number * (4 if recompute else 3)
-            yield name + ", recompute" * recompute, plan.schedule, recompute, time
-
-
-PARTS = ["weights", "grads", "optim.", "stash", "activ."]
-
-
-def fit(config: dict) -> None:
-    """Does a transformer fit on these GPUs? With which schedule, and how fast is it?
-
-    A stage per GPU, weights in one precision, activations as in Korthikanti et al. 2022. The keys,
-    each also a flag (a number that is not given is the model's):
-    """
-    net = complete(config)
-    of_layer, embedding = count_parameters(net)
-    parameters = net["layers"] * of_layer + 2 * embedding + net["hidden_size"]
-    ideal, ways, rows = 3 * net["num_microbatches"], {}, [["", *PARTS, "in all", "time"]]
-    for name, schedule, recompute, length in ways_to_run(net):
-        peaks = zip(peak_versions(schedule), peak_in_flight(schedule), strict=True)
-        ways[name] = (
-            [memory_of(net, gpu, *peak, recompute) for gpu, peak in enumerate(peaks)],
-            length,
-        )
-        fullest = max(ways[name][0], key=sum)
-        fits = "+" if sum(fullest) <= net["memory"] else " "
-        cells = [f"{part / 1e9:.1f}" for part in (*fullest, sum(fullest))]
-        rows.append([f"{fits} {name}", *cells, f"{length / ideal:.2f}"])
-    print(
-        f"{net['model']}, {parameters / 1e9:.2f} billion parameters, on {count(net['gpus'], 'GPU')}"
-        f":\n{count(net['layers'], 'layer')}, {net['precision']}, {net['optimizer']}, "
-        f"{count(net['num_microbatches'], 'microbatch')} of {net['microbatch_size']} x "
-        f"{net['sequence']:,} tokens.\n",
-        *format_table(rows),
-        FIT_LEGEND.format(net["memory"] / 1e9),
-        *(textwrap.fill(text, 80) for text in advise(net, ways)),
-        sep="\n",
-    )
-
-
-FIT_LEGEND = """\
-   GB on the fullest GPU. +: fits into {:g} GB. time: of a batch, as a multiple of
-   that without idle GPUs or recompute. PipeDream's: once the pipeline is full.
-"""
-
-
-def advise(net: dict, ways: dict[str, tuple[list[list[float]], float]]) -> list[str]:
-    """Which way to take, and what the weight versions cost next to the optimizer's state."""
-    most = {name: max(map(sum, gpus)) for name, (gpus, _) in ways.items()}
-    fitting = [name for name in ways if most[name] <= net["memory"]]
-    least = min(most, key=lambda name: most[name])
-    if not fitting:
-        text = f"Nothing fits. {least} needs least, {most[least] / 1e9:.1f} GB: use more GPUs, or"
-        text += " divide the optimizer's state among replicas (ZeRO)."
-    else:
-        best = min(fitting, key=lambda name: (ways[name][1], most[name]))
-        text = f"Take {best}: of what fits it is the fastest"
-        exact = [name for name in fitting if "pipedream" not in name]
-        if "pipedream" in best and exact:
-            sgd = min(exact, key=lambda name: (ways[name][1], most[name]))
-            slower = ways[sgd][1] / ways[best][1] - 1
-            text += f"; {sgd} takes {slower:.0%} longer, but its gradients are not stale"
-        text += "."
-    if net["gpus"] == 1:
-        return [text]
-    weights, _, optimizer, stash, _ = ways["pipedream 2019"][0][0]
-    versions = round((weights + stash) / weights)
-    stashing = f"On GPU0 PipeDream's {count(versions, 'version')} of 1/{net['gpus']} of the network"
-    stashing += f" take {(weights + stash) / 1e9:.1f} GB, about as much as a whole network."
-    if "pipedream 2BW" in ways:
-        second = ways["pipedream 2BW"][0][0][3]
-        stashing += f" 2BW adds {second / 1e9:.1f} GB of weights"
-        stashing += f" to {optimizer / 1e9:.1f} GB of the optimizer's state."
-    return [text, stashing]
-
-
 # --------------------------------------------------------------------------------------- main
 
 LEVELS = {"nargs": "+", "type": parse_value, "required": True}
@@ -1071,10 +887,7 @@ def main() -> None:
     name = choose_command(__doc__, COMMANDS)
     if name:
         command, keys, check, other = COMMANDS[name]
-        values = {key: "the model's" if keys[key] is None else keys[key] for key in keys}
-        text = f"{command.__doc__}\n" + "".join(
-            f"    --{k} {values[k]}\n" for k in FIT if k in keys
-        )
+        text = describe(command.__doc__) if command is fit else command.__doc__
         config, flags = parse_config(text, sys.argv[2:], keys, check, other)
         command(config, **flags)
 

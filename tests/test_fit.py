@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from pipedream_planner import (
+from pipedream_fit import (
     FIT,
     OPTIMIZER,
     advise,
