@@ -113,7 +113,7 @@ def test_on_one_gpu_every_schedule_takes_all_computing_and_all_updates(monkeypat
     )
     pipedream_planner.profile({**SMALL, "num_stages": 1, "layers_per_stage": 3})
     rows = capsys.readouterr().out.partition("speed-up over one GPU (15 ms)\n")[2].splitlines()
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert all(re.search(r" 15 +100.0% +1.00x$", row) for row in rows)
 
 

@@ -144,7 +144,8 @@ def test_a_plan_that_is_too_long_to_simulate_is_printed_all_the_same(program, tm
     path = tmp_path / "chain.csv"
     path.write_text(",".join(COLUMNS) + "\n" + "a,1,2,3,0\n" * 4)
     status, out, err = program("plan", path, "--gpus", 300, "--bandwidth", 1e9)
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert all(line.startswith("searched ") for line in err.splitlines())  # on a slow machine
     assert out.startswith("Plan: ")
     assert "Not simulated: a run with so many GPUs" in out
 
