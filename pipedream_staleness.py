@@ -40,6 +40,7 @@ from pipedream_simple import (
     make_batches,
     makespan,
     staleness,
+    train,
 )
 
 # --------------------------------------------------------------------------------- optimizers
@@ -93,7 +94,7 @@ def muon(g: Tensor, state: dict, batch: int, beta: float = 0.95, look_ahead: boo
 
 OPTIMIZERS: dict[str, tuple[Callable, list[float]]] = {  # -> (function, the rates that are tried)
     "SGD": (sgd, [0.8 / 2**k for k in range(7)]),
-    "momentum": (momentum, [0.8 / 2**k for k in range(7)]),
+    "momentum": (momentum, [3.2 / 2**k for k in range(9)]),
     "Adam": (adam, [0.032 / 2**k for k in range(7)]),
     "Muon": (muon, [0.064 / 2**k for k in range(7)]),
 }
@@ -207,6 +208,7 @@ class OptimizerWorker(Worker):
         super().update(op)
 
 
+IN_BATCH = "num_microbatches"
 WINDOW = 10  # batches over which a loss is averaged before it is compared
 
 
@@ -214,7 +216,7 @@ def batches_to(losses: Tensor, target: float) -> Tensor:
     """How many batches (the last dimension) until the mean of the last ten is below; or inf."""
     if losses.shape[-1] < WINDOW:
         return torch.full(losses.shape[:-1], torch.inf)
-    below = losses.unfold(-1, WINDOW, 1).mean(-1) < target
+    below = means(losses) < target
     first = below.int().argmax(-1) + WINDOW
     return torch.where(below.any(-1), first.double(), torch.inf).cpu()
 
@@ -244,9 +246,14 @@ def tuned(config, delays, name, remedy="none", target=0.3, seeds=(0, 1, 2), **se
     optimizer, rates = OPTIMIZERS[name]
     arguments = config, delays, optimizer, rates, [*seeds], remedy
     losses, _ = delayed_training(*arguments, watch=partial(decided, target=target), **settings)
+    return fastest(losses, rates, target)[1]
+
+
+def fastest(losses: Tensor, rates: list[float], target: float) -> tuple[int, Cell]:
+    """Which rate needs the fewest batches; one that this run does not reach counts as far away."""
     needed = batches_to(losses, target)
-    best = int(needed.clamp(max=2 * config["num_batches"]).mean(1).argmin())
-    return Cell(needed[best].tolist(), rates[best], best in (0, len(rates) - 1))
+    best = int(needed.clamp(max=2 * losses.shape[2]).mean(1).argmin())
+    return best, Cell(needed[best].tolist(), rates[best], best in (0, len(rates) - 1))
 
 
 # --------------------------------------------------------------------------------- staleness
@@ -255,17 +262,20 @@ def tuned(config, delays, name, remedy="none", target=0.3, seeds=(0, 1, 2), **se
 def delay_table(num_stages: int) -> dict[str, list[int]]:
     """Who reads how old weights: a flush, 2BW, and PipeDream with one microbatch per batch."""
     last = num_stages - 1
-    by_stage = [last - stage for stage in range(num_stages)]
-    same = {f"{delay} on all": [delay] * num_stages for delay in (0, 1, last)}
-    return {"0 on all": same["0 on all"], **same, f"{last} to 0 by stage": by_stage}
+    return {
+        "0": [0] * num_stages,
+        "1": [1] * num_stages,
+        f"{last} to 0": [last - stage for stage in range(num_stages)],
+        f"{last}": [last] * num_stages,
+    }
 
 
 STALENESS_LEGEND = """\
    Batches until the mean training loss of ten is below {target:g}: mean (lowest to
-   highest) of {seeds} seeds at the best of {rates} learning rates; -: not all seeds
+   highest) of {seeds} seeds at the best of 7 to 9 learning rates; -: not all seeds
    within {batches}. *: the best rate is at the edge of the grid. Delay: by how many
-   updates the gradients are old. 1 on all: 2BW; {last} to 0: PipeDream with one
-   microbatch per batch; {last} on all: the same with vertical sync.
+   updates the gradients are old. 0: with a flush; 1: 2BW; {last} to 0, by stage:
+   PipeDream with one microbatch per batch; {last}: the same with vertical sync.
    pipemare changes nothing at a delay of 1, nor spectrain at 0; nesterov is a
    remedy for momentum only, and .9 is part of Muon."""
 
@@ -281,9 +291,10 @@ def staleness_cost(
     check_folder(out)
     torch.set_num_threads(1)  # the matrices are small
     if search:
-        return search_for_harm(config, out)
+        search_for_harm(config, out)
+        return
     delays = delay_table(config["num_stages"])
-    seeds, target = range(config["seed"], config["seed"] + 3), 0.3
+    seeds, target = range(config["seed"], config["seed"] + (3 if quick else 5)), 0.3
     cells: dict[tuple[str, str, str], Cell] = {}
     todo = [
         (name, delay, remedy)
@@ -299,7 +310,7 @@ def staleness_cost(
             row = [str(cells.get((name, delay, remedy), "")) for delay in delays]
             table += [[f"  {remedy}", *row]] if any(row) else []
         print("\n".join(format_table(table)) + "\n")
-    sizes = {"rates": 7, "seeds": len(seeds), "batches": config["num_batches"], "target": target}
+    sizes = {"seeds": len(seeds), "batches": config["num_batches"], "target": target}
     print(STALENESS_LEGEND.format(**sizes, last=config["num_stages"] - 1))
     picture = partial(draw_cost, config["num_stages"], cells)
     title = draw_and_write(picture, out / "staleness.png", config)
@@ -321,8 +332,9 @@ def progress(text: str) -> None:
 
 def price(cell: Cell, fresh: Cell) -> list[float]:
     """How many times as many batches as fresh gradients need: mean, lowest and highest seed."""
-    each = [old / new for old, new in zip(cell.batches, fresh.batches, strict=True)]
-    return [sum(cell.batches) / sum(fresh.batches), min(each), max(each)]
+    mean = sum(fresh.batches) / len(fresh.batches)
+    each = [batches / mean for batches in cell.batches]
+    return [sum(each) / len(each), min(each), max(each)]
 
 
 def check_folder(out: Path) -> None:
@@ -344,42 +356,32 @@ def draw_and_write(draw: Callable, path: Path, config: dict) -> str:
 
 def draw_cost(num_stages: int, cells: dict, visual):
     """Prices by delay and optimizer; and what no flush gains at most, to compare."""
-    delays = [delay for delay in delay_table(num_stages) if delay != "0 on all"]
-    first = {
-        name: price(cells[name, delays[0], "none"], cells[name, "0 on all", "none"])
-        for name in OPTIMIZERS
-    }
-    title = "One batch of delay: " + ", ".join(f"{name} {p[0]:.1f}x" for name, p in first.items())
+    delays = [*delay_table(num_stages)]
+    costs = {key: price(cell, cells[key[0], delays[0], "none"]) for key, cell in cells.items()}
+    one = ", ".join(f"{name} {costs[name, delays[1], 'none'][0]:.1f}x" for name in OPTIMIZERS)
     lines = [
         "How many times as many batches old gradients need to the same loss, at the best rate.",
-        "Filled: no remedy, with the range of the seeds. Hollow: with the best remedy.",
+        "Filled: no remedy, with the range of the seeds. Hollow: with the best remedy, if it helps.",
     ]
-    figure = visual.new_picture(1400, 860, title + " the batches", lines)
-    axes = visual.add_axes(figure, 130, 140, 1230, 590)
-    for i, name in enumerate(OPTIMIZERS):
-        for x, delay in enumerate(delays):
-            here, fresh = cells[name, delay, "none"], cells[name, "0 on all", "none"]
-            mean, low, high = price(here, fresh)
-            place, hue = x + 0.19 * (i - 1.5), visual.HUES[[0, 1, 4, 5][i]]
-            axes.plot([place, place], [low, high], color=hue, lw=2)
-            axes.plot(place, mean, "o", color=hue, ms=8, label=name if x == 0 else None)
-            axes.text(place - 0.02, mean, f"{mean:.1f}", ha="right", va="bottom", color=hue)
-            with_remedy = [
-                price(cells[name, delay, remedy], fresh)[0]
-                for remedy in REMEDIES[1:]
-                if (name, delay, remedy) in cells
-            ]
-            if with_remedy:
-                axes.plot(place + 0.06, min(with_remedy), "o", mfc="white", mec=hue, ms=6)
+    figure = visual.new_picture(1400, 840, f"One batch of delay costs {one} the batches", lines)
+    axes = visual.add_axes(figure, 130, 140, 1230, 620)
+    for (i, name), (x, delay) in itertools.product(enumerate(OPTIMIZERS), enumerate(delays)):
+        mean, low, high = costs[name, delay, "none"]
+        place, hue = x + 0.2 * (i - 1.5), visual.HUES[[0, 1, 4, 5][i]]
+        axes.plot([place, place], [low, high], color=hue, lw=2)
+        axes.plot(place, mean, "o", color=hue, ms=8, label=None if x else name)
+        axes.text(place - 0.025, mean, f"{mean:.1f}", ha="right", va="bottom", color=hue)
+        helped = min(costs[key][0] for key in costs if key[:2] == (name, delay))
+        if delay != delays[0] and helped < mean:
+            axes.plot(place + 0.07, helped, "o", mfc="white", mec=hue, ms=6)
     for microbatches in (num_stages, 4 * num_stages):
         gain = (microbatches + num_stages - 1) / microbatches
         axes.axhline(gain, color=visual.INK, lw=1, ls="--", zorder=0)
-        text = f"gain without a flush, {microbatches} microbatches: {gain:.1f}x"
-        axes.text(len(delays) - 0.52, gain, text, ha="right", va="bottom")
+        text = f"no flush gains {gain:.1f}x with {microbatches} microbatches"
+        axes.text(len(delays) - 0.5, 0.99 * gain, text, ha="right", va="top", fontsize=8)
     axes.set_xticks(range(len(delays)), [f"delay {delay}" for delay in delays], fontsize=10)
     axes.set(xlim=(-0.5, len(delays) - 0.5), yscale="log", ylabel="times as many batches")
-    ticks = [1, 1.5, 2, 3, 4, 5]
-    axes.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.set_yticks([1, 1.5, 2, 3, 4, 5], ["1x", "1.5x", "2x", "3x", "4x", "5x"])
     axes.minorticks_off()
     axes.spines[["left", "bottom"]].set_visible(True)
     axes.legend(loc="upper left", frameon=False, fontsize=10)
@@ -393,34 +395,48 @@ SEARCHED = [(8, 2), (16, 2), (32, 1)]  # stages, layers per stage
 
 def search_for_harm(config: dict, out: Path) -> None:
     """Where does training without stashing end worse, each at its best rate? One microbatch."""
-    table, curves = [["stages", "layers", "optimizer", "stashing", "without"]], {}
-    seeds = [*range(config["seed"], config["seed"] + 3)]
+    table, curves = [["stages", "layers", "optimizer", "stashing", "without", "worse"]], {}
+    seeds, harm = [*range(config["seed"], config["seed"] + 3)], []
     for (num_stages, layers), name in itertools.product(SEARCHED, OPTIMIZERS):
         progress(f"{num_stages} stages, {num_stages * layers} layers, {name}")
-        size = {**config, "num_stages": num_stages, "layers_per_stage": layers}
-        cells = []
+        size = {**config, "num_stages": num_stages, "layers_per_stage": layers, IN_BATCH: 1}
+        (optimizer, rates), cells, ends = OPTIMIZERS[name], [], []
         for stashing in (True, False):
-            optimizer, rates = OPTIMIZERS[name]
-            delays = delay_table(num_stages)[f"{num_stages - 1} to 0 by stage"]
+            delays = delay_table(num_stages)[f"{num_stages - 1} to 0"]
             arguments = size, delays, optimizer, rates, seeds
             losses, _ = delayed_training(*arguments, stashing=stashing)
             last = losses[:, :, -20:].mean(2).nan_to_num(torch.inf, torch.inf)
             best = int(last.mean(1).argmin())
-            mean, low, high = last[best].mean(), last[best].min(), last[best].max()
             edge = "*" * (best in (0, len(rates) - 1))
-            cells.append(f"{mean:.2f} ({low:.2f}-{high:.2f}) at {rates[best]:g}{edge}")
+            cells.append(f"{spread(last[best])} at {rates[best]:g}{edge}")
             curves[num_stages, layers, name, stashing] = losses[best]
-        table.append([f"{num_stages}", f"{num_stages * layers}", name, *cells])
+            ends.append((last[best], {**size, "weight_stashing": stashing}, rates[best]))
+        worse = bool(ends[1][0].min() > ends[0][0].max())  # the seeds do not overlap
+        table.append([f"{num_stages}", f"{num_stages * layers}", name, *cells, "yes" * worse])
+        harm += [(f"{name}, {num_stages} stages", optimizer, ends)] * worse
     print("\n".join(format_table(table)))
     print(SEARCH_LEGEND.format(seeds=len(seeds), batches=config["num_batches"]))
+    for name, optimizer, ends in harm[:1]:  # by the trainer itself, op by op
+        print(f"{name}, in the pipeline of pipedream_simple.py:")
+        for _, size, rate in ends:
+            progress(f"{name}, weight_stashing={size['weight_stashing']}, op by op")
+            configs = [{**size, "learning_rate": rate, "seed": seed} for seed in seeds]
+            worker = partial(OptimizerWorker, optimizer)
+            losses = torch.tensor([train(c, worker_class=worker).losses[-20:] for c in configs])
+            print(f"   weight_stashing={size['weight_stashing']!s:6}{spread(losses.mean(1))}")
     title = draw_and_write(partial(draw_search, curves), out / "stashing.png", config)
     print(f"\n{out / 'stashing.png'}: {title}")
 
 
+def spread(losses: Tensor) -> str:
+    return f"{losses.mean():.2f} ({losses.min():.2f}-{losses.max():.2f})"
+
+
 SEARCH_LEGEND = """\
    Loss of the last 20 of {batches} batches, with weight stashing and without: mean
-   (lowest to highest) of {seeds} seeds at the best of 7 rates. *: at the edge of the
-   grid. One microbatch per batch, the delay falls by one from stage to stage."""
+   (lowest to highest) of {seeds} seeds at the best of 7 to 9 rates. *: at the edge
+   of the grid. worse: no seed without stashing is as good as the worst with it.
+   One microbatch per batch: the delay falls by one from stage to stage."""
 
 
 def draw_search(curves: dict, visual):
@@ -434,18 +450,23 @@ def draw_search(curves: dict, visual):
     for i, key in enumerate(sizes):
         axes = visual.add_axes(figure, 110 + 660 * i, 160, 590, 440)
         for stashing, hue, label in ((True, 0, "weight stashing"), (False, 4, "no stashing")):
-            losses = curves[key[0], key[1], key[2], stashing].unfold(-1, WINDOW, 1).mean(-1)
-            draw_losses(axes, range(WINDOW, WINDOW + losses.shape[1]), losses, visual.HUES[hue])
-            axes.plot([], [], color=visual.HUES[hue], lw=2, label=label)
+            losses = means(curves[key[0], key[1], key[2], stashing])
+            x = [*range(WINDOW, WINDOW + losses.shape[1])]
+            draw_losses(axes, x, losses, visual.HUES[hue], "-", label)
         finish_losses(axes, f"batches; {key[0]} stages, {key[0] * key[1]} layers")
     return figure
 
 
-def draw_losses(axes, x, losses: Tensor, color: str, style: str = "-") -> None:
-    """Mean over the seeds, and a band from the lowest to the highest."""
-    x = [*x]
-    axes.fill_between(x, losses.amin(0), losses.amax(0), color=color, alpha=0.15, lw=0)
-    axes.plot(x, losses.mean(0), style, color=color, lw=2)
+def means(losses: Tensor) -> Tensor:
+    """Over ten batches each."""
+    return losses.unfold(-1, WINDOW, 1).mean(-1)
+
+
+def draw_losses(axes, x, losses: Tensor, color: str, style: str, label: str, band=True) -> None:
+    """The mean over the seeds, with a band from the lowest to the highest."""
+    if band:
+        axes.fill_between(x, losses.amin(0), losses.amax(0), color=color, alpha=0.15, lw=0)
+    axes.plot(x, losses.mean(0), style, color=color, lw=2, label=label)
 
 
 def finish_losses(axes, label: str) -> None:
@@ -475,13 +496,12 @@ class Curve(NamedTuple):
     plan: Plan
     times: list[float]  # one per batch
     losses: Tensor  # (seeds, batches), at the rate that needs the fewest batches
-    needed: list[float]  # batches to the target, per seed
-    rate: float
+    cell: Cell  # batches to the target
 
     def reached(self) -> list[float]:
         """When, per seed: inf if not in this run."""
         at = dict(enumerate(self.times, start=1))
-        return [at.get(n, torch.inf) for n in self.needed]  # type: ignore[call-overload]
+        return [at.get(n, torch.inf) for n in self.cell.batches]  # type: ignore[call-overload]
 
 
 def curves_of(config: dict, target: float, num_seeds: int = 5) -> tuple[list[Curve], list[str]]:
@@ -502,17 +522,16 @@ def curves_of(config: dict, target: float, num_seeds: int = 5) -> tuple[list[Cur
             optimizer = partial(momentum, beta=beta)
             network = {**plan.config, "learning_rate": 1}
             losses, _ = delayed_training(network, delays, optimizer, scaled, seeds)
-            needed = batches_to(losses, target)
-            best = int(needed.clamp(max=2 * config["num_batches"]).mean(1).argmin())
-            trained[key] = losses[best].cpu(), needed[best].tolist(), rates[best]
+            best, cell = fastest(losses, rates, target)
+            trained[key] = losses[best].cpu(), cell
         elif key not in trained:  # no recurrence of whole batches: op by op, at pipedream's rate
-            rate = trained[with_stash][2]
+            rate = trained[with_stash][1].rate
             runs = [
                 train_plan(plan._replace(config={**plan.config, "seed": s, "learning_rate": rate}))
                 for s in seeds
             ]
             losses = torch.tensor([run.losses for run in runs])
-            trained[key] = losses, batches_to(losses[None], target)[0].tolist(), rate
+            trained[key] = losses, Cell(batches_to(losses, target).tolist(), rate, False)
         curves.append(Curve(plan, loss_times(plan), *trained[key]))
     return curves, reasons
 
@@ -543,49 +562,42 @@ def worth(config: dict, out: Path = Path(), loss: float = 0.3) -> None:
         busy = sum(e.end - e.start for e in plan.events)
         busy /= len(plan.schedule) * makespan(plan.events)
         old = max(staleness(plan.schedule, plan.config["num_microbatches"]))
-        batches, time = str(Cell(curve.needed, 0, False)), str(Cell(times, 0, False))
-        table.append([plan.name, f"{busy:.1%}", f"{old}", f"{curve.rate:g}", batches, time])
+        time = Cell(times, 0, False)
+        table.append(
+            [plan.name, f"{busy:.1%}", f"{old}", f"{curve.cell.rate:g}", f"{curve.cell}", f"{time}"]
+        )
     print("\n".join([*format_table(table), *reasons]))
-    print(WORTH_LEGEND.format(target=loss, seeds=len(curves[0].needed), rates=6))
+    print(WORTH_LEGEND.format(target=loss, seeds=len(curves[0].losses), rates=6))
     title = draw_and_write(partial(draw_worth, curves, loss), out / "worth.png", config)
     print(f"\n{out / 'worth.png'}: {title}")
 
 
 def draw_worth(curves: list[Curve], target: float, visual):
     """Losses over simulated time, until the slowest but naive has reached the target."""
-    mean = {c.plan.name.strip(): sum(c.reached()) / len(c.needed) for c in curves}
-    flushing = [
-        c for c in curves if not max(staleness(c.plan.schedule, c.plan.config["num_microbatches"]))
-    ]
-    best, hero = (
-        min(flushing, key=lambda c: sum(c.reached())),
-        next(c for c in curves if c.plan.name == "pipedream"),
-    )
+    mean = {c.plan.name: sum(c.reached()) / len(c.losses) for c in curves}
+    flushing = [c for c in curves if not max(staleness(c.plan.schedule, c.plan.config[IN_BATCH]))]
+    best = min(flushing, key=lambda c: mean[c.plan.name])
+    hero = next(c for c in curves if c.plan.name == "pipedream")
     title = f"Time to a loss of {target:g}: pipedream {mean['pipedream']:.0f}, "
     title += f"the best flush ({best.plan.name}) {mean[best.plan.name]:.0f}"
     if max(hero.reached()) >= min(best.reached()) and max(best.reached()) >= min(hero.reached()):
-        title += ": within the spread"
-
-    lines = ["Mean and range of the seeds, the best learning rate for each schedule; simulated."]
-    figure = visual.new_picture(1400, 800, title, lines)
-    axes = visual.add_axes(figure, 110, 130, 1250, 540)
-    hues = dict(zip(["pipedream", "vertical sync", "no stashing"], "041", strict=True))
+        title += "; the seeds overlap"
+    lines = ["Simulated time, means at the best learning rates; bands: the seeds of these two."]
+    figure = visual.new_picture(1400, 720, title, lines)
+    axes = visual.add_axes(figure, 110, 110, 1000, 520)
     shown = [t for name, t in mean.items() if t < torch.inf and name != "naive"]
-    until = 1.5 * max(shown, default=max(c.times[-1] for c in curves))
-    together: dict[tuple, list[Curve]] = {}
+    hues = {"pipedream": 0, "  vertical sync": 1, "  no stashing": 4, "interleaved": 5, "zb-h1": 2}
     for curve in curves:
-        together.setdefault((*curve.times, *curve.needed), []).append(curve)
-    greys = iter(["#bcbcbc", "#8c8c8c", "#555555", "#222222"] * 9)
-    for same in together.values():
-        names = [curve.plan.name.strip() for curve in same]
-        color = visual.HUES[int(hues[names[0]])] if names[0] in hues else next(greys)
-        losses = same[0].losses.unfold(-1, WINDOW, 1).mean(-1)
-        draw_losses(
-            axes, same[0].times[WINDOW - 1 :], losses, color, "--" if "no " in names[0] else "-"
-        )
-        when = f"t{mean[names[0]]:.0f}" if mean[names[0]] < torch.inf else "not reached"
-        axes.plot([], [], color=color, lw=2, label=f"{', '.join(names)}: {when}")
+        name = curve.plan.name
+        color = visual.HUES[hues[name]] if name in hues else visual.GREY
+        style = {"  no stashing": "--", "1f1b": "--", "naive": ":"}.get(name, "-")
+        when = f"t{mean[name]:.0f}" if mean[name] < torch.inf else "not all seeds"
+        times, losses = curve.times[WINDOW - 1 :], means(curve.losses)
+        band, label = curve in (hero, best), f"{name.strip()}: {when}"
+        draw_losses(axes, times, losses, color, style, label, band)
     axes.axhline(target, color=visual.INK, lw=1, ls=":")
+    until = 1.3 * max(shown, default=max(c.times[-1] for c in curves))
     finish_losses(axes, "simulated time")
-    axes.set_xlim(0, until)
+    axes.set(xlim=(0, until), ylim=(target / 3, 3))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1), frameon=False, fontsize=10)
     return figure

@@ -1,5 +1,6 @@
 """Old gradients: the recurrence is that of tests/reference.py, the optimizers are PyTorch's."""
 
+import re
 from functools import partial
 
 import pytest
@@ -183,7 +184,7 @@ def test_a_cell_ends_early_only_when_no_other_rate_can_win():
     cell = tuned(config, ON_ALL, name, target=1.0)
     losses, _ = delayed_training(config, ON_ALL, sgd, OPTIMIZERS[name][1], [0, 1, 2])
     assert cell.batches == min(batches_to(losses, 1.0).tolist(), key=sum)
-    assert price(cell, cell) == [1, 1, 1]
+    assert price(cell, cell)[0] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "pipedream", "interleaved"])
@@ -199,8 +200,9 @@ def test_worth_and_staleness_run_and_write(program, tmp_path, monkeypatch):  # n
     status, out, _ = program("worth", *small, "--loss", 2.2, "--chunks_per_gpu", 1)
     assert status == 0
     assert max(map(len, out.splitlines()[:-1])) <= 80
-    rows = [line.split() for line in out.splitlines()[1:6]]
-    assert [row[:4] for row in rows] == [["naive"], ["gpipe"]] or len({r[4] for r in rows}) == 1
+    rows = [re.split("  +", line.strip()) for line in out.splitlines()[1:6]]
+    assert [row[0] for row in rows] == ["naive", "gpipe", "1f1b", "interleaved", "zb-h1"]
+    assert len({row[4] for row in rows}) == 1  # one training for all that flush
     monkeypatch.setattr(pipedream_staleness, "SEARCHED", [(4, 8)])
     monkeypatch.setattr(
         pipedream_staleness, "OPTIMIZERS", {k: (f, r[:2]) for k, (f, r) in OPTIMIZERS.items()}
