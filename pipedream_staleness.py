@@ -95,7 +95,7 @@ def muon(g: Tensor, state: dict, batch: int, beta: float = 0.95, look_ahead: boo
 OPTIMIZERS: dict[str, tuple[Callable, list[float]]] = {  # -> (function, the rates that are tried)
     "SGD": (sgd, [0.8 / 2**k for k in range(7)]),
     "momentum": (momentum, [3.2 / 2**k for k in range(9)]),
-    "Adam": (adam, [0.032 / 2**k for k in range(7)]),
+    "Adam": (adam, [0.064 / 2**k for k in range(9)]),
     "Muon": (muon, [0.064 / 2**k for k in range(7)]),
 }
 
@@ -304,6 +304,7 @@ def staleness_cost(
     for number, (name, delay, remedy) in enumerate(todo, start=1):
         progress(f"{number} of {len(todo)}: {name}, delay {delay}, {remedy}")
         cells[name, delay, remedy] = tuned(config, delays[delay], name, remedy, target, seeds)
+    progress("")
     for name in OPTIMIZERS:
         table = [[name, *delays]]
         for remedy in REMEDIES:
@@ -325,9 +326,10 @@ def applies(name: str, delay: int, remedy: str) -> bool:
 
 
 def progress(text: str) -> None:
-    """One line on stderr; on a terminal always the same one."""
-    end = "\x1b[K\r" if sys.stderr.isatty() else "\n"
-    print(text, end=end, file=sys.stderr, flush=True)
+    """One line on stderr; on a terminal always the same one, and nothing clears it."""
+    if text or sys.stderr.isatty():
+        end = "\x1b[K\r" if sys.stderr.isatty() else "\n"
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def price(cell: Cell, fresh: Cell) -> list[float]:
@@ -361,12 +363,14 @@ def draw_cost(num_stages: int, cells: dict, visual):
     one = ", ".join(f"{name} {costs[name, delays[1], 'none'][0]:.1f}x" for name in OPTIMIZERS)
     lines = [
         "How many times as many batches old gradients need to the same loss, at the best rate.",
-        "Filled: no remedy, with the range of the seeds. Hollow: with the best remedy, if it helps.",
+        "Filled: no remedy, and the range of the seeds. Hollow: with the best remedy, if it helps.",
     ]
     figure = visual.new_picture(1400, 840, f"One batch of delay costs {one} the batches", lines)
     axes = visual.add_axes(figure, 130, 140, 1230, 620)
     for (i, name), (x, delay) in itertools.product(enumerate(OPTIMIZERS), enumerate(delays)):
         mean, low, high = costs[name, delay, "none"]
+        if not high < torch.inf:
+            continue  # not all seeds got there
         place, hue = x + 0.2 * (i - 1.5), visual.HUES[[0, 1, 4, 5][i]]
         axes.plot([place, place], [low, high], color=hue, lw=2)
         axes.plot(place, mean, "o", color=hue, ms=8, label=None if x else name)
@@ -414,12 +418,12 @@ def search_for_harm(config: dict, out: Path) -> None:
         worse = bool(ends[1][0].min() > ends[0][0].max())  # the seeds do not overlap
         table.append([f"{num_stages}", f"{num_stages * layers}", name, *cells, "yes" * worse])
         harm += [(f"{name}, {num_stages} stages", optimizer, ends)] * worse
+    progress("")
     print("\n".join(format_table(table)))
     print(SEARCH_LEGEND.format(seeds=len(seeds), batches=config["num_batches"]))
     for name, optimizer, ends in harm[:1]:  # by the trainer itself, op by op
         print(f"{name}, in the pipeline of pipedream_simple.py:")
         for _, size, rate in ends:
-            progress(f"{name}, weight_stashing={size['weight_stashing']}, op by op")
             configs = [{**size, "learning_rate": rate, "seed": seed} for seed in seeds]
             worker = partial(OptimizerWorker, optimizer)
             losses = torch.tensor([train(c, worker_class=worker).losses[-20:] for c in configs])
@@ -533,6 +537,7 @@ def curves_of(config: dict, target: float, num_seeds: int = 5) -> tuple[list[Cur
             losses = torch.tensor([run.losses for run in runs])
             trained[key] = losses, Cell(batches_to(losses, target).tolist(), rate, False)
         curves.append(Curve(plan, loss_times(plan), *trained[key]))
+    progress("")
     return curves, reasons
 
 
