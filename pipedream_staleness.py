@@ -31,6 +31,7 @@ from torch.nn.functional import cross_entropy
 
 from pipedream_lab import Plan, all_plans, train_plan, write
 from pipedream_simple import (
+    CONFIG,
     Op,
     UserError,
     Worker,
@@ -403,7 +404,8 @@ def search_for_harm(config: dict, out: Path) -> None:
     seeds, harm = [*range(config["seed"], config["seed"] + 3)], []
     for (num_stages, layers), name in itertools.product(SEARCHED, OPTIMIZERS):
         progress(f"{num_stages} stages, {num_stages * layers} layers, {name}")
-        size = {**config, "num_stages": num_stages, "layers_per_stage": layers, IN_BATCH: 1}
+        size = {key: config[key] for key in CONFIG}
+        size |= {"num_stages": num_stages, "layers_per_stage": layers, IN_BATCH: 1}
         (optimizer, rates), cells, ends = OPTIMIZERS[name], [], []
         for stashing in (True, False):
             delays = delay_table(num_stages)[f"{num_stages - 1} to 0"]

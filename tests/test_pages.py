@@ -247,7 +247,8 @@ NAMES_AND_FORMULAS = [
 ]  # fmt: skip
 SOURCES = [
     r"Python 3\.10", r"(SOSP|NeurIPS) 2019", r"ICML 2021", r"SC 202[01]", r"ICLR 2024",
-    r"Repository, 1998", r"Korthikanti et al\., 2022", r"[Ss]ections? \d(\.\d)?( \([^)]*\))?(( and| to|,) \d(\.\d)?)?",
+    r"Repository, 1998", r"Korthikanti et al\., 2022",
+    r"[Ss]ections? \d(\.\d)?( \([^)]*\))?(( and| to|,) \d(\.\d)?)?",
     r"CC BY 4\.0", r"(doi|arxiv)\.org/[\w./]+", r"\(stage 1\), gradients \(2\), weights \(3\)",
     r"stages? 1 and 2", r"stages? \(?[123]\b",  # ZeRO's
     r"MLSys 2021", r"SpecTrain, 2018", r"arXiv \d{4}\.\d{5}",

@@ -198,9 +198,9 @@ def on_the_way() -> str:
     """## On the way there
 
     Accuracy after 5, 20 and 50 batches: mean (lowest to highest) of the same seeds, all at the same
-    learning rate. Stale: updates missed on stages 0 to 3. The largest delay does not decide: 3 2 1 0
-    is ahead of 1 1 1 1 after 20 batches, with each seed. After 50, only 3 3 3 3 is outside the range
-    of the others.
+    learning rate. Stale: updates missed on stages 0 to 3. The largest delay does not decide: after
+    20 batches 3 2 1 0 is ahead of 1 1 1 1 with each seed. After 50, only 3 3 3 3 is outside the
+    range of the others.
     """
     rows = []
     for variant, count in TRAINED:
@@ -367,7 +367,7 @@ LIMITS = """\
   them, and only there is anything sent between processes: two, on one machine.
 - The network is small and the data easy. That PipeDream's stale gradients get as far as fresh
   ones in 200 batches here says nothing about large models, other optimizers or learning rates.
-- Without weight stashing the losses and the accuracy get worse with Adam in long pipelines only. The
+- Without weight stashing, losses get worse in long pipelines only, and most with Adam. The
   gradients are wrong in all of them; how much that costs in large models is not measured.
 - Five seeds give a spread, not a proof: differences between schedules that are smaller than the
   spread mean nothing."""
