@@ -423,10 +423,11 @@ def search_for_harm(config: dict, out: Path) -> None:
     progress("")
     print("\n".join(format_table(table)))
     print(SEARCH_LEGEND.format(seeds=len(seeds), batches=config["num_batches"]))
-    for name, optimizer, ends in harm[:1]:  # by the trainer itself, op by op
-        print(f"{name}, in the pipeline of pipedream_simple.py:")
+    for name, optimizer, ends in harm:  # by the trainer itself, op by op, and more seeds
+        print(f"{name}, in the pipeline of pipedream_simple.py, 5 seeds:")
         for _, size, rate in ends:
-            configs = [{**size, "learning_rate": rate, "seed": seed} for seed in seeds]
+            more = range(seeds[0], seeds[0] + 5)
+            configs = [{**size, "learning_rate": rate, "seed": seed} for seed in more]
             worker = partial(OptimizerWorker, optimizer)
             losses = torch.tensor([train(c, worker_class=worker).losses[-20:] for c in configs])
             print(f"   weight_stashing={size['weight_stashing']!s:6}{spread(losses.mean(1))}")
