@@ -373,9 +373,9 @@ def measured_once():
     for block, heads in zip(worth[:3], ("four", "one", "sixteen"), strict=True):
         for line in block.splitlines()[1:9]:
             name, *cells = re.split("  +", line.strip())
-            if name[0].islower() and len(cells) == 5:
+            if len(cells) == 5:
                 figures = re.findall(r"\d+", " ".join(cells[-2:]))
-                yield rf"^\| {heads}, {name} \|", figures
+                yield rf"^\| {heads}, {name.replace('zb-h1', 'zero bubble')} \|", figures
     blocks = re.search(r"^```\n(.*?)^```$", sections["The price of staleness"], re.M | re.S)[1]
     labels = "fresh gradients", "one batch late", "seven to none", "seven on every"
     columns = [
