@@ -8,6 +8,8 @@
     python pipedream_lab.py compare --schedule my.csv   read one, and compare it with ours
     python pipedream_lab.py papers               do the numbers agree with the papers?
     python pipedream_lab.py trace run.json       the simulated run, for Perfetto
+    python pipedream_lab.py worth                loss against simulated time: does no flush pay?
+    python pipedream_lab.py staleness            what do old gradients cost? by optimizer, remedy
 
 CONFIG and its flags are those of pipedream_simple.py. Here the schedule may also be interleaved,
 zb-h1, zb-h2 or a CSV file, and there are three more keys: chunks_per_gpu, in_flight and
@@ -994,8 +996,24 @@ def papers(config: dict) -> None:
 
 # --------------------------------------------------------------------------------------- main
 
+
+def worth(config: dict, **flags) -> None:
+    """Is PipeDream worth it? Every schedule's loss over simulated time: pipedream_staleness.py."""
+    import pipedream_staleness  # here: it imports this file
+
+    pipedream_staleness.worth(config, **flags)
+
+
+def stale(config: dict, **flags) -> None:
+    """What do old gradients cost? By delay, optimizer and remedy: pipedream_staleness.py."""
+    import pipedream_staleness
+
+    pipedream_staleness.staleness_cost(config, **flags)
+
+
+OUT = {"--out": {"type": Path, "metavar": "DIR", "help": "for the picture"}}
 COMMANDS: dict[str, tuple[Callable, dict]] = {  # -> (function, its flags besides the config's)
-    "compare": (compare, {"--out": {"type": Path, "metavar": "DIR", "help": "for the picture"}}),
+    "compare": (compare, OUT),
     "in_flight": (in_flight, {}),
     "why": (
         why,
@@ -1007,6 +1025,15 @@ COMMANDS: dict[str, tuple[Callable, dict]] = {  # -> (function, its flags beside
     "export": (export, {"file": {"type": Path, "metavar": "my.csv"}}),
     "papers": (papers, {}),
     "trace": (trace, {"file": {"type": Path, "metavar": "run.json"}}),
+    "worth": (worth, {**OUT, "--loss": {"type": parse_value, "metavar": "X", "help": "target"}}),
+    "staleness": (
+        stale,
+        {**OUT, "--quick": {"action": "store_true"}, "--search": {"action": "store_true"}},
+    ),
+}
+DEFAULTS = {  # of a command, where they are not CONFIG's
+    "worth": {"num_batches": 200},
+    "staleness": {"num_batches": 200, "num_stages": 8, "layers_per_stage": 2, "hidden_size": 32},
 }
 
 
@@ -1049,7 +1076,8 @@ def main() -> None:
     name = choose_command(__doc__, COMMANDS)
     if name:
         command, other = COMMANDS[name]
-        config, flags = parse_lab_config(command.__doc__, sys.argv[2:], other=other)
+        config = {**LAB_CONFIG, **DEFAULTS.get(name, {})}
+        config, flags = parse_lab_config(command.__doc__, sys.argv[2:], config, other=other)
         command(config, **flags)
 
 

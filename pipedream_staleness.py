@@ -1,0 +1,611 @@
+#!/usr/bin/env python3
+"""What does staleness cost, and does it pay? Old gradients by optimizer, remedy and delay.
+
+    python pipedream_lab.py staleness            three minutes at most: a table and staleness.png
+    python pipedream_lab.py staleness --quick    without the remedies
+    python pipedream_lab.py staleness --search   where does training without stashing get worse?
+    python pipedream_lab.py worth                loss against simulated time, and worth.png
+
+PipeDream saves the flush and pays with old gradients. How many more batches do these need? A
+learning rate that suits fresh gradients is too large for old ones, so every cell of the table is
+tuned on the same grid, and the best rate counts.
+
+Training here is the recurrence that a pipeline with stashing computes (the tests prove it): stage s
+gets the gradient of batch b at its weights of d_s updates before. No schedule, no microbatches. All
+learning rates and seeds of a cell are trained at once: each weight has one more dimension, in
+front, that counts these runs.
+"""
+
+import itertools
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn, vmap
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from pipedream_lab import Plan, all_plans, train_plan, write
+from pipedream_simple import (
+    CONFIG,
+    Op,
+    UserError,
+    Worker,
+    build_stages,
+    choose_device,
+    format_table,
+    make_batches,
+    makespan,
+    staleness,
+    train,
+)
+
+# --------------------------------------------------------------------------------- optimizers
+#
+# gradient, what the optimizer remembers of this weight, batches so far -> direction of the step,
+# for every run at once. A step is W = W - rate * direction. With look_ahead the direction also
+# contains the share of the next step that is known already: Nesterov's momentum.
+
+
+def sgd(g: Tensor, state: dict, batch: int, beta: float = 0.9, look_ahead: bool = False) -> Tensor:
+    """The gradient itself. The average of the last ones is kept for remedies that want a trend."""
+    state["trend"] = beta * state.get("trend", 0) + (1 - beta) * g
+    return g
+
+
+def momentum(
+    g: Tensor, state: dict, batch: int, beta: float = 0.9, look_ahead: bool = False
+) -> Tensor:
+    """The average of the last gradients: torch.optim.SGD with 1 - beta of its rate."""
+    u = state["trend"] = beta * state.get("trend", 0) + (1 - beta) * g
+    return beta * u + (1 - beta) * g if look_ahead else u
+
+
+def adam(g: Tensor, state: dict, batch: int, beta: float = 0.9, look_ahead: bool = False) -> Tensor:
+    """Momentum over the size of recent gradients, weight by weight (Kingma and Ba, ICLR 2015)."""
+    u = momentum(g, state.setdefault("momentum", {}), batch, beta, look_ahead)
+    u = u / (1 - beta ** (batch + 1))
+    v = state["squares"] = 0.999 * state.get("squares", 0) + 0.001 * g * g
+    state["trend"] = u / ((v / (1 - 0.999 ** (batch + 1))).sqrt() + 1e-8)
+    return state["trend"]
+
+
+def muon(g: Tensor, state: dict, batch: int, beta: float = 0.95, look_ahead: bool = True) -> Tensor:
+    """Momentum with all singular values made about 1; Adam for what is no matrix (Jordan, 2024).
+
+    Five Newton-Schulz steps do it, without a decomposition. The last factor gives the step the size
+    of Adam's (Liu et al., 2025), so that one rate fits both.
+    """
+    if g.ndim < 3:  # (runs, size): a bias
+        return adam(g, state, batch)
+    u = momentum(g, state.setdefault("momentum", {}), batch, beta, look_ahead)
+    x = u if g.shape[1] <= g.shape[2] else u.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
+    x = x if g.shape[1] <= g.shape[2] else x.mT
+    state["trend"] = 0.2 * max(g.shape[1:]) ** 0.5 * x
+    return state["trend"]
+
+
+OPTIMIZERS: dict[str, tuple[Callable, list[float]]] = {  # -> (function, the rates that are tried)
+    "SGD": (sgd, [0.8 / 2**k for k in range(7)]),
+    "momentum": (momentum, [3.2 / 2**k for k in range(9)]),
+    "Adam": (adam, [0.064 / 2**k for k in range(9)]),
+    "Muon": (muon, [0.064 / 2**k for k in range(7)]),
+}
+
+# ----------------------------------------------------------------------------------- remedies
+
+
+def pipemare(delay: int, done: float) -> float:
+    """Divide the rate by the delay, less and less over the first quarter of the run.
+
+    PipeMare (Yang et al., MLSys 2021), its technique T1: learning rate rescheduling.
+    """
+    return 1 / max(1, delay) ** (1 - min(1, 4 * done))
+
+
+def spectrain(weights: Tensor, step: Tensor, delay: int) -> Tensor:
+    """Read the weights where they will be when the gradient arrives, if all goes on as now.
+
+    SpecTrain (Chen, Yang and Cheng, 2018), which predicts with momentum. Adam's and Muon's step
+    takes its place as in XPipe (2019), and for SGD the average of ten gradients.
+    """
+    return weights - delay * step
+
+
+NESTEROV = {"nesterov .9": 0.9, "nesterov .99": 0.99}
+"""Momentum that looks ahead, long with .99: Ajanthan et al., 2025 (arXiv 2505.01099)."""
+
+REMEDIES = ["none", "pipemare", "spectrain", *NESTEROV]
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+def delayed_training(
+    config: dict,
+    delays: list[int],
+    optimizer: Callable,
+    rates: list[float],
+    seeds: list[int],
+    remedy: str = "none",
+    stashing: bool = True,
+    dtype: torch.dtype = torch.float32,
+    watch: Callable[[Tensor], bool] = lambda losses: False,
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Losses (rates, seeds, batches) of training with these delays, and each stage's last weights.
+
+    Stage s reads version max(0, b - delays[s]) for batch b. Without stashing its backward reads
+    version b, as in a pipeline with one microbatch per batch. Ends early when watch(losses) is
+    true.
+    """
+    runs, device = [*itertools.product(rates, seeds)], choose_device(config["device"])
+    networks = {seed: build_stages({**config, "seed": seed}) for seed in seeds}
+    data = {seed: make_batches({**config, "seed": seed}) for seed in seeds}
+    modules = networks[seeds[0]]
+    newest: list[dict[str, Tensor]] = [{} for _ in modules]
+    for stage, module in enumerate(modules):
+        for name, _ in module.named_parameters():
+            each = {seed: networks[seed][stage].get_parameter(name) for seed in seeds}
+            stacked = torch.stack([each[seed].detach() for _, seed in runs])
+            newest[stage][name] = stacked.to(device, dtype)
+    rate = torch.tensor([rate for rate, _ in runs], device=device, dtype=dtype)
+    versions = [[weights] for weights in newest]  # as forwards read them; the oldest first
+    states: list[dict] = [defaultdict(dict) for _ in modules]
+    beta = {"beta": NESTEROV[remedy], "look_ahead": True} if remedy in NESTEROV else {}
+    losses: list[Tensor] = []
+    for batch in range(config["num_batches"]):
+        x = torch.stack([data[seed][batch][0] for _, seed in runs]).to(device, dtype)
+        y = torch.stack([data[seed][batch][1] for _, seed in runs]).to(device)
+        read = [{n: w.clone().requires_grad_() for n, w in old[0].items()} for old in versions]
+        for module, weights in zip(modules, read, strict=True):
+            x = vmap(partial(call, module))(weights, x)
+        of_images = cross_entropy(x.flatten(0, 1), y.flatten(), reduction="none")
+        loss = of_images.view(len(runs), -1).mean(1)
+        losses.append(loss.detach().view(len(rates), len(seeds)))
+        if not stashing:
+            for weights, new in zip(read, newest, strict=True):
+                for name, w in weights.items():
+                    w.data.copy_(new[name])  # behind autograd's back: see pipedream_simple.py
+        # The runs do not meet: the gradient of the sum is that of each.
+        gradients = iter(torch.autograd.grad(loss.sum(), [w for ws in read for w in ws.values()]))
+        for stage, (delay, old) in enumerate(zip(delays, newest, strict=True)):
+            new, seen = {}, {}
+            slower = pipemare(delay, batch / config["num_batches"]) if remedy == "pipemare" else 1
+            for name, w in old.items():
+                gradient, state = next(gradients), states[stage][name]
+                step_size = slower * rate.view(-1, *[1] * (w.ndim - 1))
+                new[name] = seen[name] = w - step_size * optimizer(gradient, state, batch, **beta)
+                if remedy == "spectrain":
+                    seen[name] = spectrain(new[name], step_size * state["trend"], delay)
+            newest[stage] = new
+            versions[stage] = [*versions[stage], seen][-1 - delay :]
+        if watch(torch.stack(losses, 2)):
+            break
+    return torch.stack(losses, 2), newest
+
+
+def call(module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    return functional_call(module, weights, (x,))
+
+
+class OptimizerWorker(Worker):
+    """The trainer's Worker with another optimizer: partial(OptimizerWorker, adam)."""
+
+    def __init__(self, optimizer: Callable, module: nn.Module, config: dict):
+        super().__init__(module, config)
+        self.optimizer, self.states = optimizer, defaultdict[str, dict](dict)
+
+    def update(self, op: Op) -> None:
+        for name, g in self.gradient.items():  # a stack of one run
+            self.gradient[name] = self.optimizer(g[None], self.states[name], op.version)[0]
+        super().update(op)
+
+
+IN_BATCH = "num_microbatches"
+WINDOW = 10  # batches over which a loss is averaged before it is compared
+
+
+def batches_to(losses: Tensor, target: float) -> Tensor:
+    """How many batches (the last dimension) until the mean of the last ten is below; or inf."""
+    if losses.shape[-1] < WINDOW:
+        return torch.full(losses.shape[:-1], torch.inf)
+    below = means(losses) < target
+    first = below.int().argmax(-1) + WINDOW
+    return torch.where(below.any(-1), first.double(), torch.inf).cpu()
+
+
+def decided(losses: Tensor, target: float) -> bool:
+    """No other rate can still become the fastest, however it goes on."""
+    least = batches_to(losses, target).clamp(max=losses.shape[-1] + 1).mean(1)
+    return bool(batches_to(losses, target)[least.argmin()].isfinite().all())
+
+
+class Cell(NamedTuple):
+    """What the best learning rate of a cell needs."""
+
+    batches: list[float]  # to the target, one entry per seed; inf: not in this run
+    rate: float
+    at_edge: bool  # the best rate is the least or the greatest of the grid
+
+    def __str__(self) -> str:
+        if max(self.batches) == torch.inf:
+            return "-"
+        mean, edge = sum(self.batches) / len(self.batches), "*" * self.at_edge
+        return f"{mean:.0f}{edge} ({min(self.batches):.0f}-{max(self.batches):.0f})"
+
+
+def tuned(config, delays, name, remedy="none", target=0.3, seeds=(0, 1, 2), **settings) -> Cell:
+    """Train with every rate of the optimizer's grid; the one that needs the fewest batches."""
+    optimizer, rates = OPTIMIZERS[name]
+    arguments = config, delays, optimizer, rates, [*seeds], remedy
+    losses, _ = delayed_training(*arguments, watch=partial(decided, target=target), **settings)
+    return fastest(losses, rates, target)[1]
+
+
+def fastest(losses: Tensor, rates: list[float], target: float) -> tuple[int, Cell]:
+    """Which rate needs the fewest batches; one that this run does not reach counts as far away."""
+    needed = batches_to(losses, target)
+    best = int(needed.clamp(max=2 * losses.shape[2]).mean(1).argmin())
+    return best, Cell(needed[best].tolist(), rates[best], best in (0, len(rates) - 1))
+
+
+# --------------------------------------------------------------------------------- staleness
+
+
+def delay_table(num_stages: int) -> dict[str, list[int]]:
+    """Who reads how old weights: a flush, 2BW, and PipeDream with one microbatch per batch."""
+    last = num_stages - 1
+    return {
+        "0": [0] * num_stages,
+        "1": [1] * num_stages,
+        f"{last} to 0": [last - stage for stage in range(num_stages)],
+        f"{last}": [last] * num_stages,
+    }
+
+
+STALENESS_LEGEND = """\
+   Batches until the mean training loss of ten is below {target:g}: mean (lowest to
+   highest) of {seeds} seeds at the best of 7 to 9 learning rates; -: not all seeds
+   within {batches}. *: the best rate is at the edge of the grid. Delay: by how many
+   updates the gradients are old. 0: with a flush; 1: 2BW; {last} to 0, by stage:
+   PipeDream with one microbatch per batch; {last}: the same with vertical sync.
+   pipemare changes nothing at a delay of 1, nor spectrain at 0; nesterov is a
+   remedy for momentum only, and .9 is part of Muon."""
+
+
+def staleness_cost(
+    config: dict, out: Path = Path(), quick: bool = False, search: bool = False
+) -> None:
+    """What do old gradients cost? Delay by optimizer by remedy, each with its best learning rate.
+
+    Of CONFIG, the sizes of the network and of the run, seed and device count. Writes staleness.png,
+    or with --search stashing.png.
+    """
+    check_folder(out)
+    torch.set_num_threads(1)  # the matrices are small
+    if search:
+        search_for_harm(config, out)
+        return
+    delays = delay_table(config["num_stages"])
+    seeds, target = range(config["seed"], config["seed"] + (3 if quick else 5)), 0.3
+    cells: dict[tuple[str, str, str], Cell] = {}
+    todo = [
+        (name, delay, remedy)
+        for name, delay, remedy in itertools.product(OPTIMIZERS, delays, REMEDIES)
+        if remedy == "none" or (not quick and applies(name, max(delays[delay]), remedy))
+    ]
+    for number, (name, delay, remedy) in enumerate(todo, start=1):
+        progress(f"{number} of {len(todo)}: {name}, delay {delay}, {remedy}")
+        cells[name, delay, remedy] = tuned(config, delays[delay], name, remedy, target, seeds)
+    progress("")
+    for name in OPTIMIZERS:
+        table = [[name, *delays]]
+        for remedy in REMEDIES:
+            row = [str(cells.get((name, delay, remedy), "")) for delay in delays]
+            table += [[f"  {remedy}", *row]] if any(row) else []
+        print("\n".join(format_table(table)) + "\n")
+    sizes = {"seeds": len(seeds), "batches": config["num_batches"], "target": target}
+    print(STALENESS_LEGEND.format(**sizes, last=config["num_stages"] - 1))
+    picture = partial(draw_cost, config["num_stages"], cells)
+    title = draw_and_write(picture, out / "staleness.png", config)
+    print(f"\n{out / 'staleness.png'}: {title}")
+
+
+def applies(name: str, delay: int, remedy: str) -> bool:
+    """Whether the remedy changes anything there."""
+    least = {"pipemare": 2, "spectrain": 1}.get(remedy, 0)
+    without = {"SGD": [*NESTEROV], "Muon": ["nesterov .9"]}.get(name, [])
+    return delay >= least and remedy not in without
+
+
+def progress(text: str) -> None:
+    """One line on stderr; on a terminal always the same one, and nothing clears it."""
+    if text or sys.stderr.isatty():
+        end = "\x1b[K\r" if sys.stderr.isatty() else "\n"
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
+def price(cell: Cell, fresh: Cell) -> list[float]:
+    """How many times as many batches as fresh gradients need: mean, lowest and highest seed."""
+    mean = sum(fresh.batches) / len(fresh.batches)
+    each = [batches / mean for batches in cell.batches]
+    return [sum(each) / len(each), min(each), max(each)]
+
+
+def check_folder(out: Path) -> None:
+    """Raise a UserError now, and not after minutes, where a folder cannot be made."""
+    for folder in (out, *out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"cannot write into {out}: {folder} is not a folder")
+
+
+def draw_and_write(draw: Callable, path: Path, config: dict) -> str:
+    """Draw a picture in the house style, save it, and return its title."""
+    import pipedream_visual as visual  # here: it imports matplotlib
+
+    with visual.house_style():
+        figure = draw(visual)
+        write(path, figure.savefig, config)
+    return figure.texts[0].get_text()
+
+
+def draw_cost(num_stages: int, cells: dict, visual):
+    """Prices by delay and optimizer; and what no flush gains at most, to compare."""
+    delays = [*delay_table(num_stages)]
+    costs = {key: price(cell, cells[key[0], delays[0], "none"]) for key, cell in cells.items()}
+    one = ", ".join(f"{name} {costs[name, delays[1], 'none'][0]:.1f}x" for name in OPTIMIZERS)
+    lines = [
+        "How many times as many batches old gradients need to the same loss, at the best rate.",
+        "Filled: no remedy, and the range of the seeds. Hollow: with the best remedy, if it helps.",
+    ]
+    figure = visual.new_picture(1400, 840, f"One batch of delay costs {one} the batches", lines)
+    axes = visual.add_axes(figure, 130, 140, 1230, 620)
+    for (i, name), (x, delay) in itertools.product(enumerate(OPTIMIZERS), enumerate(delays)):
+        mean, low, high = costs[name, delay, "none"]
+        if not high < torch.inf:
+            continue  # not all seeds got there
+        place, hue = x + 0.2 * (i - 1.5), visual.HUES[[0, 1, 4, 5][i]]
+        axes.plot([place, place], [low, high], color=hue, lw=2)
+        axes.plot(place, mean, "o", color=hue, ms=8, label=None if x else name)
+        axes.text(place - 0.025, mean, f"{mean:.1f}", ha="right", va="bottom", color=hue)
+        helped = min(costs[key][0] for key in costs if key[:2] == (name, delay))
+        if delay != delays[0] and helped < mean:
+            axes.plot(place + 0.07, helped, "o", mfc="white", mec=hue, ms=6)
+    for microbatches in (num_stages, 4 * num_stages):
+        gain = (microbatches + num_stages - 1) / microbatches
+        axes.axhline(gain, color=visual.INK, lw=1, ls="--", zorder=0)
+        text = f"no flush gains {gain:.1f}x with {microbatches} microbatches"
+        axes.text(len(delays) - 0.5, 0.99 * gain, text, ha="right", va="top", fontsize=8)
+    axes.set_xticks(range(len(delays)), [f"delay {delay}" for delay in delays], fontsize=10)
+    axes.set(xlim=(-0.5, len(delays) - 0.5), yscale="log", ylabel="times as many batches")
+    axes.set_yticks([1, 1.5, 2, 3, 4, 5], ["1x", "1.5x", "2x", "3x", "4x", "5x"])
+    axes.minorticks_off()
+    axes.spines[["left", "bottom"]].set_visible(True)
+    axes.legend(loc="upper left", frameon=False, fontsize=10)
+    return figure
+
+
+# ------------------------------------------------------------------------------------- search
+
+SEARCHED = [(8, 2), (16, 2), (32, 1)]  # stages, layers per stage
+
+
+def search_for_harm(config: dict, out: Path) -> None:
+    """Where does training without stashing end worse, each at its best rate? One microbatch."""
+    table, curves = [["stages", "layers", "optimizer", "stashing", "without", "worse"]], {}
+    seeds, harm = [*range(config["seed"], config["seed"] + 3)], []
+    for (num_stages, layers), name in itertools.product(SEARCHED, OPTIMIZERS):
+        progress(f"{num_stages} stages, {num_stages * layers} layers, {name}")
+        size = {key: config[key] for key in CONFIG}
+        size |= {"num_stages": num_stages, "layers_per_stage": layers, IN_BATCH: 1}
+        (optimizer, rates), cells, ends = OPTIMIZERS[name], [], []
+        for stashing in (True, False):
+            delays = delay_table(num_stages)[f"{num_stages - 1} to 0"]
+            arguments = size, delays, optimizer, rates, seeds
+            losses, _ = delayed_training(*arguments, stashing=stashing)
+            last = losses[:, :, -20:].mean(2).nan_to_num(torch.inf, torch.inf)
+            best = int(last.mean(1).argmin())
+            edge = "*" * (best in (0, len(rates) - 1))
+            cells.append(f"{spread(last[best])} at {rates[best]:g}{edge}")
+            curves[num_stages, layers, name, stashing] = losses[best]
+            ends.append((last[best], {**size, "weight_stashing": stashing}, rates[best]))
+        worse = bool(ends[1][0].min() > ends[0][0].max())  # the seeds do not overlap
+        table.append([f"{num_stages}", f"{num_stages * layers}", name, *cells, "yes" * worse])
+        harm += [(f"{name}, {num_stages} stages", optimizer, ends)] * worse
+    progress("")
+    print("\n".join(format_table(table)))
+    print(SEARCH_LEGEND.format(seeds=len(seeds), batches=config["num_batches"]))
+    for name, optimizer, ends in harm:  # by the trainer itself, op by op, and more seeds
+        print(f"{name}, in the pipeline of pipedream_simple.py, 5 seeds:")
+        for _, size, rate in ends:
+            more = range(seeds[0], seeds[0] + 5)
+            configs = [{**size, "learning_rate": rate, "seed": seed} for seed in more]
+            worker = partial(OptimizerWorker, optimizer)
+            losses = torch.tensor([train(c, worker_class=worker).losses[-20:] for c in configs])
+            print(f"   weight_stashing={size['weight_stashing']!s:6}{spread(losses.mean(1))}")
+    title = draw_and_write(partial(draw_search, curves), out / "stashing.png", config)
+    print(f"\n{out / 'stashing.png'}: {title}")
+
+
+def spread(losses: Tensor) -> str:
+    return f"{losses.mean():.2f} ({losses.min():.2f}-{losses.max():.2f})"
+
+
+SEARCH_LEGEND = """\
+   Loss of the last 20 of {batches} batches, with weight stashing and without: mean
+   (lowest to highest) of {seeds} seeds at the best of 7 to 9 rates. *: at the edge
+   of the grid. worse: no seed without stashing is as good as the worst with it.
+   One microbatch per batch: the delay falls by one from stage to stage."""
+
+
+def draw_search(curves: dict, visual):
+    """Adam's losses with and without stashing, in the two longest pipelines of one network."""
+    sizes = [key for key in curves if key[2] == "Adam" and key[0] * key[1] == 32 and key[3]]
+    lines = [
+        "Mean and range of the seeds, the best learning rate for each; one microbatch a batch."
+    ]
+    title = "With Adam and many stages, training without stashing falls behind"
+    figure = visual.new_picture(1400, 720, title, lines)
+    for i, key in enumerate(sizes):
+        axes = visual.add_axes(figure, 110 + 660 * i, 160, 590, 440)
+        for stashing, hue, label in ((True, 0, "weight stashing"), (False, 4, "no stashing")):
+            losses = means(curves[key[0], key[1], key[2], stashing])
+            x = [*range(WINDOW, WINDOW + losses.shape[1])]
+            draw_losses(axes, x, losses, visual.HUES[hue], "-", label)
+        finish_losses(axes, f"batches; {key[0]} stages, {key[0] * key[1]} layers")
+    return figure
+
+
+def means(losses: Tensor) -> Tensor:
+    """Over ten batches each."""
+    return losses.unfold(-1, WINDOW, 1).mean(-1)
+
+
+def draw_losses(axes, x, losses: Tensor, color: str, style: str, label: str, band=True) -> None:
+    """The mean over the seeds, with a band from the lowest to the highest."""
+    if band:
+        axes.fill_between(x, losses.amin(0), losses.amax(0), color=color, alpha=0.15, lw=0)
+    axes.plot(x, losses.mean(0), style, color=color, lw=2, label=label)
+
+
+def finish_losses(axes, label: str) -> None:
+    axes.set(yscale="log", xlabel=label, ylabel="training loss, mean of 10 batches")
+    axes.set_yticks([0.03, 0.1, 0.3, 1, 3], ["0.03", "0.1", "0.3", "1", "3"])
+    axes.minorticks_off()
+    axes.spines[["left", "bottom"]].set_visible(True)
+    axes.legend(loc="upper right", frameon=False, fontsize=10)
+
+
+# -------------------------------------------------------------------------------------- worth
+
+
+def loss_times(plan: Plan) -> list[float]:
+    """When the loss of each batch is known: at the end of its last forward on the last stage."""
+    last, in_batch = plan.config["num_stages"] - 1, plan.config["num_microbatches"]
+    times = [0.0] * plan.config["num_batches"]
+    for op, _, _, end in plan.events:
+        if op.kind == "F" and op.stage == last:
+            times[op.microbatch // in_batch] = max(times[op.microbatch // in_batch], end)
+    return times
+
+
+class Curve(NamedTuple):
+    """A schedule's losses over simulated time."""
+
+    plan: Plan
+    times: list[float]  # one per batch
+    losses: Tensor  # (seeds, batches), at the rate that needs the fewest batches
+    cell: Cell  # batches to the target
+
+    def reached(self) -> list[float]:
+        """When, per seed: inf if not in this run."""
+        at = dict(enumerate(self.times, start=1))
+        return [at.get(n, torch.inf) for n in self.cell.batches]  # type: ignore[call-overload]
+
+
+def curves_of(config: dict, target: float, num_seeds: int = 5) -> tuple[list[Curve], list[str]]:
+    """Train for every schedule of the lab. Those with the same delays share their losses."""
+    plans, reasons = all_plans(config)
+    beta, seeds = config["momentum"], [*range(config["seed"], config["seed"] + num_seeds)]
+    rates = [config["learning_rate"] * 2.0**k for k in (-3, -2, -1, 0, 1, 2)]
+    trained: dict[tuple, tuple] = {}
+    curves = []
+    for plan in plans:
+        progress(f"training as {plan.name.strip()}")
+        old = staleness(plan.schedule, plan.config["num_microbatches"])
+        delays = old if any(old) else [0] * plan.config["num_stages"]
+        stashed = "no stashing" not in plan.name
+        key, with_stash = (*delays, stashed), (*delays, True)
+        if key not in trained and stashed:
+            scaled = [rate / (1 - beta) for rate in rates]
+            optimizer = partial(momentum, beta=beta)
+            network = {**plan.config, "learning_rate": 1}
+            losses, _ = delayed_training(network, delays, optimizer, scaled, seeds)
+            best, cell = fastest(losses, rates, target)
+            trained[key] = losses[best].cpu(), cell
+        elif key not in trained:  # no recurrence of whole batches: op by op, at pipedream's rate
+            rate = trained[with_stash][1].rate
+            runs = [
+                train_plan(plan._replace(config={**plan.config, "seed": s, "learning_rate": rate}))
+                for s in seeds
+            ]
+            losses = torch.tensor([run.losses for run in runs])
+            trained[key] = losses, Cell(batches_to(losses, target).tolist(), rate, False)
+        curves.append(Curve(plan, loss_times(plan), *trained[key]))
+    progress("")
+    return curves, reasons
+
+
+WORTH_LEGEND = """\
+   Batches, and simulated time, until the mean training loss of ten batches is
+   below {target:g}: mean (lowest to highest) of {seeds} seeds, at the best of {rates} learning
+   rates; no stashing has pipedream's. -: not all seeds got there."""
+
+
+def worth(config: dict, out: Path = Path(), loss: float = 0.3) -> None:
+    """Is PipeDream worth it? Every schedule's loss over simulated time, and the time to a loss.
+
+    A schedule without a flush has more batches in the same time, and each of them helps less.
+    Trained with the recurrence that a pipeline computes, not op by op (but for no stashing).
+    Writes worth.png.
+    """
+    if config["momentum"] == 1:
+        raise UserError("momentum=1 must be less than 1 here: it never forgets")
+    if not isinstance(loss, int | float) or not 0 < loss < 10:
+        raise UserError(f"--loss {str(loss)[:40]} must be a number between 0 and 10")
+    check_folder(out)
+    torch.set_num_threads(1)
+    curves, reasons = curves_of(config, loss)
+    table = [["schedule", "busy", "stale", "rate", "batches", f"time to a loss of {loss:g}"]]
+    for curve in curves:
+        plan, times = curve.plan, curve.reached()
+        busy = sum(e.end - e.start for e in plan.events)
+        busy /= len(plan.schedule) * makespan(plan.events)
+        old = max(staleness(plan.schedule, plan.config["num_microbatches"]))
+        time = Cell(times, 0, False)
+        table.append(
+            [plan.name, f"{busy:.1%}", f"{old}", f"{curve.cell.rate:g}", f"{curve.cell}", f"{time}"]
+        )
+    print("\n".join([*format_table(table), *reasons]))
+    print(WORTH_LEGEND.format(target=loss, seeds=len(curves[0].losses), rates=6))
+    title = draw_and_write(partial(draw_worth, curves, loss), out / "worth.png", config)
+    print(f"\n{out / 'worth.png'}: {title}")
+
+
+def draw_worth(curves: list[Curve], target: float, visual):
+    """Losses over simulated time, until the slowest but naive has reached the target."""
+    mean = {c.plan.name: sum(c.reached()) / len(c.losses) for c in curves}
+    flushing = [c for c in curves if not max(staleness(c.plan.schedule, c.plan.config[IN_BATCH]))]
+    best = min(flushing, key=lambda c: mean[c.plan.name])
+    hero = next(c for c in curves if c.plan.name == "pipedream")
+    title = f"Time to a loss of {target:g}: pipedream {mean['pipedream']:.0f}, "
+    title += f"the best flush ({best.plan.name}) {mean[best.plan.name]:.0f}"
+    if max(hero.reached()) >= min(best.reached()) and max(best.reached()) >= min(hero.reached()):
+        title += "; the seeds overlap"
+    lines = ["Simulated time, means at the best learning rates; bands: the seeds of these two."]
+    figure = visual.new_picture(1400, 720, title, lines)
+    axes = visual.add_axes(figure, 110, 110, 1000, 520)
+    shown = [t for name, t in mean.items() if t < torch.inf and name != "naive"]
+    hues = {"pipedream": 0, "  vertical sync": 1, "  no stashing": 4, "interleaved": 5, "zb-h1": 2}
+    for curve in curves:
+        name = curve.plan.name
+        color = visual.HUES[hues[name]] if name in hues else visual.GREY
+        style = {"  no stashing": "--", "1f1b": "--", "naive": ":"}.get(name, "-")
+        when = f"t{mean[name]:.0f}" if mean[name] < torch.inf else "not all seeds"
+        times, losses = curve.times[WINDOW - 1 :], means(curve.losses)
+        band, label = curve in (hero, best), f"{name.strip()}: {when}"
+        draw_losses(axes, times, losses, color, style, label, band)
+    axes.axhline(target, color=visual.INK, lw=1, ls=":")
+    until = 1.3 * max(shown, default=max(c.times[-1] for c in curves))
+    finish_losses(axes, "simulated time")
+    axes.set(xlim=(0, until), ylim=(target / 3, 3))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1), frameon=False, fontsize=10)
+    return figure
