@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import test_planner
 from launch import launch
+from test_neighbours import TEMPLATE
 
 import pipedream_distributed
 import pipedream_lab
@@ -137,6 +138,8 @@ def test_every_command_is_one_that_works(page):
             assert output_of(command)
         elif command.startswith("pip install -r "):
             assert (ROOT / command.split()[-1]).exists()  # CI runs it
+        elif command.startswith("torchrun "):
+            assert command == TEMPLATE  # test_neighbours.py runs it
         else:
             assert command in ("python -m pytest", "pip install torch matplotlib numpy")
     for script in re.findall(r"python[ \n]((?:tests/)?\w+\.py)", PAGES[page]):
