@@ -94,9 +94,9 @@ CONFIG = {
     "network": "transformer",  # or residual, which has no pairs for tensor parallelism
     "layers_per_stage": 1,  # times gpus: the layers of the network
     "hidden_size": 64,  # weights grow with its square, activations with it
-    "batch_size": 32,  # activations grow with it, weights do not
+    "batch_size": 16,  # activations grow with it, weights do not
     "num_microbatches": 4,  # of the pipelines: at least as many as gpus
-    "num_batches": 4,  # updates until the weights are compared
+    "num_batches": 3,  # updates until the weights are compared
     "learning_rate": 0.003,
     "seed": 0,
     "timeout": 60,  # seconds until the run ends when a process has died, hangs or is stopped
@@ -181,11 +181,13 @@ def zero_1(config: dict) -> Job:
 
 def fsdp(config: dict, reshard_after_forward: bool) -> Job:
     """FSDP2 gathers a layer's weights when they are needed, and reduce-scatters its gradients."""
-    network = make_network(config)
-    for stage in network:
-        for layer in stage.children():
-            fully_shard(layer, mesh=mesh(), reshard_after_forward=reshard_after_forward)
-    fully_shard(network, mesh=mesh(), reshard_after_forward=reshard_after_forward)
+    network, settings = make_network(config), {"reshard_after_forward": reshard_after_forward}
+    for layer in (layer for stage in network for layer in stage.children()):
+        for module in layer.children():  # a transformer layer next to the embedding or the head
+            if isinstance(module, nn.TransformerEncoderLayer):
+                fully_shard(module, mesh=mesh(), **settings)
+        fully_shard(layer, mesh=mesh(), **settings)
+    fully_shard(network, mesh=mesh(), **settings)
     return ordinary(network, make_optimizer(config, network.parameters()))
 
 
@@ -351,7 +353,7 @@ COLLECTIVES = {  # what PyTorch calls it -> the share of its tensor that a ring 
     "broadcast": lambda num_gpus: (num_gpus - 1) / num_gpus,  # on average: the last one is silent
     "send": lambda num_gpus: 1,
 }
-SILENT = ("recv", "wait", "barrier")  # they send nothing that belongs to a step
+SILENT = ("recv", "wait", "barrier", "wrap")  # they send nothing that belongs to a step
 
 
 class Meter(TorchDispatchMode):
@@ -360,8 +362,8 @@ class Meter(TorchDispatchMode):
     A collective is counted with the bytes of the tensor that it is about (the whole one, where each
     GPU has a part). Memory is counted as storages that exist: those of weights, gradients and
     optimizer state, and of what autograd saves for a backward; what FSDP2 gathers is weights, and
-    what it reduces is gradients. It looks whenever a tensor is saved or used, at every collective,
-    and around each update.
+    what it reduces is gradients. It looks when autograd saves or uses a tensor, at every
+    collective, and around each update.
     """
 
     def __init__(self, job: Job):
@@ -371,7 +373,7 @@ class Meter(TorchDispatchMode):
         self.peak: Counter = Counter()
         self.messages: Counter = Counter()
         self.handed: Counter = Counter()
-        self.look()
+        self.look_at_all()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(each, DTensor) for each in types):
@@ -392,42 +394,43 @@ class Meter(TorchDispatchMode):
                 self.look()
         return result
 
-    def look(self, *_) -> None:
-        found = {"weights": self.job.weights(), "gradients": self.job.gradients()}
-        found["optimizer"] = tree_leaves([*self.job.state().values()])
-        for kind, tensors in found.items():
-            self.alive[kind].update(storage_of(t) for t in tensors if isinstance(t, Tensor))
-        self.alive["activations"] -= self.alive["weights"]  # a Linear saves its weights, too
-        for kind in KINDS:
-            self.peak[kind] = max(self.peak[kind], self.bytes(kind))
+    def look(self) -> None:
+        self.note("weights", self.job.weights())
+        self.note("gradients", self.job.gradients())
 
-    def bytes(self, kind: str) -> int:
-        return sum(storage.nbytes() for storage in self.alive[kind])
+    def look_at_all(self, *_) -> None:
+        self.look()
+        self.note("optimizer", tree_leaves([*self.job.state().values()]))
+
+    def note(self, kind: str, tensors: Iterable) -> None:
+        alive = self.alive[kind]
+        alive.update(storage_of(tensor) for tensor in tensors if isinstance(tensor, Tensor))
+        held = alive - self.alive["weights"] if kind == "activations" else alive
+        self.peak[kind] = max(self.peak[kind], sum(storage.nbytes() for storage in held))
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         def save(tensor: Tensor) -> Tensor:
-            self.alive["activations"].add(storage_of(tensor))
-            self.look()
+            self.note("activations", [tensor])  # but not weights, which a Linear saves, too
             return tensor.detach()  # with its graph it would keep itself alive
 
         def use(tensor: Tensor) -> Tensor:
             self.look()
             return tensor
 
-        hooks = (
-            register_optimizer_step_pre_hook(self.look),
-            register_optimizer_step_post_hook(self.look),
-        )
+        hooks = [register_optimizer_step_pre_hook(self.look_at_all)]
+        hooks += [register_optimizer_step_post_hook(self.look_at_all)]
         with self, saved_tensors_hooks(save, use):
             yield
         for hook in hooks:
             hook.remove()
 
 
-@torch.no_grad()
 def storage_of(tensor: Tensor) -> torch.UntypedStorage:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            tensor = tensor.to_local()
+    return tensor.untyped_storage()
 
 
 def bytes_on_the_wire() -> int:
