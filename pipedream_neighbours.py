@@ -25,8 +25,10 @@ Read the first room, ways to train; the others measure, compare and print.
 
 import contextlib
 import copy
-import itertools
+import logging
+import math
 import os
+import re
 import signal
 import socket
 import statistics
@@ -71,15 +73,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pipedream_distributed as distributed
-from pipedream_lab import LAB_CONFIG, make_plan
+from pipedream_lab import LAB_CONFIG, check_lab_config, make_plan
 from pipedream_simple import (
     NUM_HEADS,
     RULES,
     UserError,
     build_stages,
-    check_config,
     check_value,
-    count,
     format_per_gpu,
     format_table,
     make_batches,
@@ -98,7 +98,6 @@ CONFIG = {
     "num_microbatches": 4,  # of the pipelines: at least as many as gpus
     "num_batches": 3,  # updates until the weights are compared
     "learning_rate": 0.003,
-    "seed": 0,
     "timeout": 60,  # seconds until the run ends when a process has died, hangs or is stopped
 }
 OPTIMIZERS: dict[str, tuple] = {  # -> (class, settings, numbers of state per weight)
@@ -123,7 +122,7 @@ class Job(NamedTuple):
 
 
 def make_network(config: dict) -> nn.Sequential:
-    return nn.Sequential(*build_stages({**config, "num_stages": config["gpus"]}))
+    return nn.Sequential(*build_stages({**config, "num_stages": config["gpus"], "seed": 0}))
 
 
 def make_optimizer(config: dict, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -347,9 +346,9 @@ def recurrence(config: dict, batches: list[Batch]) -> nn.Module:
 
 KINDS = ["weights", "gradients", "optimizer", "activations"]
 COLLECTIVES = {  # what PyTorch calls it -> the share of its tensor that a ring of G GPUs sends
-    "allreduce": lambda num_gpus: 2 * (num_gpus - 1) / num_gpus,
-    "allgather": lambda num_gpus: (num_gpus - 1) / num_gpus,
-    "reducescatter": lambda num_gpus: (num_gpus - 1) / num_gpus,
+    "all-reduce": lambda num_gpus: 2 * (num_gpus - 1) / num_gpus,
+    "all-gather": lambda num_gpus: (num_gpus - 1) / num_gpus,
+    "reduce-scatter": lambda num_gpus: (num_gpus - 1) / num_gpus,
     "broadcast": lambda num_gpus: (num_gpus - 1) / num_gpus,  # on average: the last one is silent
     "send": lambda num_gpus: 1,
 }
@@ -381,14 +380,14 @@ class Meter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if "c10d" in func.namespace:
             name = func.__name__.replace("_", "")
-            kind = next((kind for kind in COLLECTIVES if kind in name), "")
+            kind = next((kind for kind in COLLECTIVES if kind.replace("-", "") in name), "")
             assert kind or any(word in name for word in SILENT), name
             tensors = [t for t in tree_leaves((args, result)) if isinstance(t, Tensor)]
             if kind:
                 largest = max(tensors, key=lambda t: t.nbytes)
                 self.messages[kind] += 1
                 self.handed[kind] += largest.nbytes
-                owner = {"allgather": "weights", "reducescatter": "gradients"}.get(kind)
+                owner = {"all-gather": "weights", "reduce-scatter": "gradients"}.get(kind)
                 if owner:
                     self.alive[owner].add(largest.untyped_storage())
                 self.look()
@@ -411,7 +410,8 @@ class Meter(TorchDispatchMode):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         def save(tensor: Tensor) -> Tensor:
-            self.note("activations", [tensor])  # but not weights, which a Linear saves, too
+            self.note("weights", self.job.weights())  # a Linear saves its weights, too
+            self.note("activations", [tensor])
             return tensor.detach()  # with its graph it would keep itself alive
 
         def use(tensor: Tensor) -> Tensor:
@@ -452,34 +452,77 @@ class Figures(NamedTuple):
     """What a GPU tells about one way to train."""
 
     messages: dict[str, float]  # per step, by collective
-    handed: dict[str, float]  # bytes of their tensors, per step
-    wire: float  # bytes that its sockets sent, per step
+    handed: dict[str, float]  # bytes of the tensors that they are about, per step
+    wire: float  # bytes that the sockets of its process sent, per step
     peak: dict[str, int]  # bytes, by kind
     seconds: float  # of a step; the median
-    off: float  # the largest difference of a weight from what it should be
+    off: float = 0  # the largest difference of a weight from what it should be
+    same: bool = True  # is that a millionth at most of how far training moved the weights?
+
+
+def measure(job: Job, batches: list[Batch], stream: bool = False, repeats: int = 3) -> Figures:
+    """Train under the meter. What is counted per step is that of the last one."""
+    meter = Meter(job)
+    calls = [batches] if stream else [[batch] for batch in batches]
+    for call in calls:
+        meter.messages.clear()
+        meter.handed.clear()
+        before = bytes_on_the_wire()
+        with meter.watching():
+            job.train(call)
+        sent = bytes_on_the_wire() - before
+    messages, handed = (
+        {kind: number / len(call) for kind, number in counted.items()}
+        for counted in (meter.messages, meter.handed)
+    )
+    return Figures(messages, handed, sent / len(call), dict(meter.peak), 0)
+
+
+def seconds_of_step(job: Job, call: list[Batch], repeats: int = 3) -> float:
+    """The median of some steps without the meter, whose results are thrown away."""
+    took = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        job.train(call)
+        took.append((time.perf_counter() - start) / len(call))
+    return statistics.median(took)
 
 
 def run_all(config: dict) -> list[dict[str, Figures]]:
-    """Train in all ways, one after the other. On rank 0: for each rank what it measured."""
-    torch.set_default_dtype(torch.float64)
-    batches = [(x.to(torch.float64), y) for x, y in make_batches({**config, "device": "cpu"})]
-    expected: list = [None, None]
-    figures = {}
-    if dist.get_rank() == 0:
-        job = one_process(config)
-        expected = [None, dict(recurrence(config, batches).named_parameters())]
-        expected[0], figures["one process"] = measure(job, batches, alone=True)
-    dist.broadcast_object_list(expected)  # the others wait: one process has the machine to itself
-    plain, delayed = expected
-    network = make_network(config)
-    network.load_state_dict(plain)
-    with_pairs = dict(with_blocks(network).named_parameters())
-    for name in names_of(config)[1:]:
-        final, measured = measure(JOBS[name](config), batches, stream=name == "PipeDream")
-        true = {"tensor parallel": with_pairs, "PipeDream": delayed}.get(name, plain)
-        off = max((w - true[key]).abs().max().item() for key, w in final.items())
-        figures[name] = measured._replace(off=off)
+    """Train in all ways, one after the other. On rank 0: of each rank, what it measured."""
+    batches = make_batches64(config)
+    network, figures, results = make_network(config), dict[str, Figures](), [None, None]
+    start = {name: w.detach().clone() for name, w in network.named_parameters()}
+    first = dist.get_rank() == 0
+    for name in names_of(config):
+        if first:
+            print(end=f"{name} ... ", flush=True)
+        if name == "one process":  # it has the machine to itself: the other ranks wait
+            if first:
+                job = one_process(config)
+                figures[name] = measure(job, batches)
+                delayed = dict(recurrence(config, batches).named_parameters())
+                results = [{key: w.clone() for key, w in job.final().items()}, delayed]
+                figures[name] = figures[name]._replace(seconds=seconds_of_step(job, batches[-1:]))
+            dist.broadcast_object_list(results)
+            plain, delayed = results
+            moved = max((plain[key] - start[key]).abs().max().item() for key in plain)
+            network.load_state_dict(plain)
+            in_pairs = dict(with_blocks(network).named_parameters())
+            continue
+        job, stream = JOBS[name](config), name == "PipeDream"
+        measured = measure(job, batches, stream)
+        true = {"tensor parallel": in_pairs, "PipeDream": delayed}.get(name, plain)
+        off = max((w - true[key]).abs().max().item() for key, w in job.final().items())
+        seconds = seconds_of_step(job, batches if stream else batches[-1:])
+        figures[name] = measured._replace(seconds=seconds, off=off, same=off <= 1e-6 * moved)
+    if first:
+        print("done\n", flush=True)
     return distributed.gather(figures)
+
+
+def make_batches64(config: dict) -> list[Batch]:
+    return [(x.double(), y) for x, y in make_batches({**config, "seed": 0})]
 
 
 def names_of(config: dict) -> list[str]:
@@ -487,71 +530,265 @@ def names_of(config: dict) -> list[str]:
     return [name for name in JOBS if name != "tensor parallel" or config["network"] != "residual"]
 
 
-def measure(
-    job: Job, batches: list[Batch], stream: bool = False, alone: bool = False, repeats: int = 3
-) -> tuple[Weights, Figures]:
-    """Train under the meter; then some steps without it, for the time, which are thrown away."""
-    meter = Meter(job)
-    calls = [batches] if stream else [[batch] for batch in batches]
-    for call in calls:
-        meter.messages.clear()
-        meter.handed.clear()
-        sent = bytes_on_the_wire()
-        with meter.watching():
-            job.train(call)
-        sent = bytes_on_the_wire() - sent
-    per_step = [{k: v / len(call) for k, v in c.items()} for c in (meter.messages, meter.handed)]
-    final, seconds = {name: w.clone() for name, w in job.final().items()}, [0.0]
-    for number in range(repeats):
-        if not alone:
-            dist.barrier()
-        start = time.perf_counter()
-        job.train(call)
-        seconds[number:] = [(time.perf_counter() - start) / len(call)]
-    time_of_step = statistics.median(seconds)
-    return final, Figures(*per_step, sent / len(call), dict(meter.peak), time_of_step, 0.0)
+# ------------------------------------------------------------------------------------- papers
 
 
-# ------------------------------------------------------------------------------------ papers
+def papers(config: dict, activations: float = 0) -> dict[str, dict[str, list[float]]]:
+    """name -> kind -> bytes on each GPU, as the papers count them for equal layers; sent: per step.
 
-
-def papers(config: dict, activations: float) -> dict[str, dict[str, list[float]]]:
-    """name -> kind -> bytes on each GPU, as the papers count them. sent: per step.
-
-    activations: of one process on a whole batch, measured. The papers count these, too, but of
-    their own layers. The formulas are for a network whose layers are alike; of each stage of a
-    pipeline its own weights are counted here.
+    activations: those of one process on a whole batch, measured. Of each stage of a pipeline its
+    own weights are counted.
     """
     num_gpus, num_microbatches = config["gpus"], config["num_microbatches"]
-    ring, gpus = 2 * (num_gpus - 1) / num_gpus, range(num_gpus)
-    stages = [8 * sum(w.numel() for w in s.parameters()) for s in make_network(config)]
-    whole, states = sum(stages), OPTIMIZERS[config["optimizer"]][2]
+    states, ring = OPTIMIZERS[config["optimizer"]][2], 2 * (num_gpus - 1) / num_gpus
+    stages = [8 * sum(w.numel() for w in stage.parameters()) for stage in make_network(config)]
     depth, size = num_gpus * config["layers_per_stage"], config["hidden_size"]
-    split = 8 * depth * (6 * size**2 + 4 * size)  # weights in the pairs
+    in_pairs = 8 * depth * (6 * size**2 + 4 * size)  # a bias after a row-wise split is whole
     cut = 8 * config["batch_size"] * size * (64 if config["network"] == "transformer" else 1)
-
-    def row(sent: float, weights: float, gradients: float, state: float, saved: float) -> dict:
-        numbers = sent, weights, gradients, states * state, saved
-        return {k: [n] * num_gpus for k, n in zip(("sent", *KINDS), numbers, strict=True)}
-
-    w, shard, part = whole, whole / num_gpus, activations / num_gpus
-    held = w - split + split / num_gpus
-    neighbors = [cut * ((s > 0) + (s < num_gpus - 1)) for s in gpus]
-    flying = [min(num_gpus - s, num_microbatches) / num_microbatches * part for s in gpus]
-    versions = [1 + -(-(num_gpus - 1 - s) // num_microbatches) for s in gpus]
-    kept = [n * v for n, v in zip(stages, versions, strict=True)]
-    state = [states * n for n in stages]
-    return {
-        "one process": row(0, w, w, w, activations),
-        "data parallel": row(ring * w, w, w, w, part),
-        "ZeRO stage 1": row(ring * w, w, w, shard, part),
-        "ZeRO stage 2": row(ring * w, w, shard, shard, part),
-        "ZeRO stage 3": row(1.5 * ring * w, shard, shard, shard, part),
-        "tensor parallel": row(4 * depth * ring * cut, held, held, held, part),
-        "pipeline 1F1B": dict(
-            zip(("sent", *KINDS), (neighbors, stages, stages, state, flying), strict=True)
-        ),
-        "PipeDream": dict(
-            zip(("sent", *KINDS), (neighbors, kept, stages, state, flying), strict=True)
-        ),
+    w = sum(stages)
+    shard, part, rest = w / num_gpus, activations / num_gpus, w - in_pairs * (1 - 1 / num_gpus)
+    rows: dict[str, tuple] = {
+        "one process": (0, w, w, states * w, activations),
+        "data parallel": (ring * w, w, w, states * w, part),
+        "ZeRO stage 1": (ring * w, w, w, states * shard, part),
+        "ZeRO stage 2": (ring * w, w, shard, states * shard, part),
+        "ZeRO stage 3": (1.5 * ring * w, shard, shard, states * shard, part),
+        "tensor parallel": (4 * depth * ring * cut, rest, rest, states * rest, part),
     }
+    of_gpus = {name: [[number] * num_gpus for number in row] for name, row in rows.items()}
+    after = [num_gpus - 1 - stage for stage in range(num_gpus)]  # stages that follow
+    versions = [1 + math.ceil(number / num_microbatches) for number in after]
+    neighbors = [cut * ((number > 0) + (number < num_gpus - 1)) for number in after]
+    state = [states * weights for weights in stages]
+    flying = [min(number + 1, num_microbatches) / num_microbatches * part for number in after]
+    stashed = [number * weights for number, weights in zip(versions, stages, strict=True)]
+    of_gpus["pipeline 1F1B"] = [neighbors, stages, stages, state, flying]
+    of_gpus["PipeDream"] = [neighbors, stashed, stages, state, flying]
+    return {name: dict(zip(["sent", *KINDS], row, strict=True)) for name, row in of_gpus.items()}
+
+
+def sent_in_rings(figures: Figures, num_gpus: int) -> float:
+    return sum(COLLECTIVES[kind](num_gpus) * n for kind, n in figures.handed.items())
+
+
+# ------------------------------------------------------------------------------------- report
+
+TOLERANCE = 0.05
+REASONS = {  # why PyTorch differs from the papers, where it is known to
+    ("ZeRO stage 1", "sent"): "gradients are all-reduced, as in DDP, where the paper "
+    "reduce-scatters them",
+    ("ZeRO stage 1", "optimizer"): "whole parameters are dealt out, not equal shares",
+    **dict.fromkeys(
+        [(f"ZeRO stage {n}", kind) for n in (2, 3) for kind in ("sent", "optimizer")],
+        "FSDP2 pads what it cannot split evenly: the head has 10 rows",
+    ),
+    **dict.fromkeys(
+        [(f"ZeRO stage {n}", kind) for n in (2, 3) for kind in ("weights", "gradients")],
+        "and the layers that are whole at that moment, with the buffers that they travel in",
+    ),
+    ("tensor parallel", "activations"): "1/G of what is inside attention and MLP; what goes in "
+    "and comes out is whole",
+    **dict.fromkeys(
+        [(name, "activations") for name in ("pipeline 1F1B", "PipeDream")],
+        "the stages differ: one embeds, one has the head and the loss",
+    ),
+    ("PipeDream", "gradients"): "a microbatch's gradient, and the sum over the batch",
+    ("PipeDream", "activations"): "PyTorch's engine keeps what it receives until its step, here "
+    "the whole run, is over",
+}
+
+
+def verdict(name: str, kind: str, measured: list, formula: list, reasons: list[str]) -> str:
+    """Does the formula hold? If not, what it says, by how much it is off, and why."""
+    ratios = [m / f for m, f in zip(measured, formula, strict=True) if f]
+    worst = max(ratios, key=lambda ratio: abs(math.log(ratio or 1e-9)), default=1.0)
+    if abs(worst - 1) <= TOLERANCE:
+        return "holds"
+    reason = REASONS.get((name, kind), "for a reason that is not known here")
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"{kib(formula)}: {worst:.2f}x ({1 + reasons.index(reason)})"
+
+
+def kib(values: list) -> str:
+    return each([f"{value / 1024:,.0f}" for value in values])
+
+
+def each(values: list) -> str:
+    """One value for all GPUs, or one per GPU."""
+    return str(values[0]) if len({*values}) == 1 else format_per_gpu(values)
+
+
+def format_report(config: dict, ranks: list[dict[str, Figures]]) -> str:
+    num_gpus, reasons = config["gpus"], list[str]()
+    formulas = papers(config, ranks[0]["one process"].peak["activations"])
+    sent = [["", "messages", "handed over", "sent", "papers"]]
+    held, took = [["", *KINDS]], [["", "ms", "on the wire", "difference"]]
+    for name in names_of(config):
+        figures = [rank[name] for rank in ranks if name in rank]  # one process: of rank 0
+        formula = {kind: row[: len(figures)] for kind, row in formulas[name].items()}
+        in_rings = [sent_in_rings(f, num_gpus) for f in figures]
+        if len(figures) > 1:
+            kinds = [kind for kind in COLLECTIVES if kind in figures[0].messages]
+            # int: PipeDream's engine also says hello, once in the run, with a byte
+            parts = [f"{each([int(f.messages[k]) for f in figures])} {k}" for k in kinds]
+            handed = kib([sum(f.handed.values()) for f in figures])
+            says = verdict(name, "sent", in_rings, formula["sent"], reasons)
+            sent.append([name, ", ".join(parts), handed, kib(in_rings), says])
+        peaks = {kind: [f.peak.get(kind, 0) for f in figures] for kind in KINDS}
+        held.append([name, *(kib(peaks[kind]) for kind in KINDS)])
+        held.append(["  papers"])
+        held[-1] += [verdict(name, k, peaks[k], formula[k], reasons) for k in KINDS]
+        seconds, wire = max(f.seconds for f in figures), [f.wire for f in figures]
+        off = max(f.off for f in figures)
+        took.append([name, f"{1000 * seconds:.0f}", kib(wire), f"{off:.1e}"])
+    del held[2]  # one process is what the papers' activations are a part of
+    took[1][2:] = ["", ""]
+    same = all(f.same for rank in ranks for f in rank.values())
+    good = "✅ ALL END ON THE WEIGHTS OF ONE PROCESS, PipeDream ON THOSE OF ITS RECURRENCE"
+    return "\n".join(
+        [
+            "📊 WHAT A GPU SENDS, KiB per step",
+            *format_table(sent),
+            SENT_LEGEND,
+            "\n📊 WHAT A GPU HOLDS, KiB at the peak of each",
+            *format_table(held),
+            *(f"   ({number}) {reason}" for number, reason in enumerate(reasons, start=1)),
+            "\n📊 TIME OF A STEP, BYTES ON THE WIRE, AND THE LARGEST DIFFERENCE OF A WEIGHT",
+            *format_table(took),
+            WIRE_LEGEND,
+            "\n" + (good if same else "❌ SOME DO NOT END ON THE WEIGHTS THAT THEY SHOULD"),
+        ]
+    )
+
+
+SENT_LEGEND = """\
+   Several numbers: GPU by GPU. handed over: the tensors of the collectives that
+   ran. sent: what a GPU sends of them in a ring of G GPUs, 2(G-1)/G of an
+   all-reduce, (G-1)/G of the others, all of a send. papers: all-reduce of the
+   weights (ZeRO-3: 1.5 times that); four all-reduces of activations per layer;
+   the activations of a cut, and their gradients."""
+WIRE_LEGEND = """\
+   on the wire: KiB that the kernel counted at the sockets. gloo's all-reduce is a
+   ring, its reduce-scatter a whole all-reduce, its broadcast a tree. Processes
+   that share cores are slower than GPUs would be: times say what PyTorch's own
+   work costs, not which way is fastest."""
+
+# -------------------------------------------------------------------------------------- sweep
+
+SWEPT = ["data parallel", "ZeRO stage 3", "tensor parallel", "pipeline 1F1B"]
+SWEEPS: dict[str, tuple] = {  # -> (its values, what stays)
+    "hidden_size": ([16, 32, 64, 128, 256, 512], {"batch_size": 8}),
+    "batch_size": ([4, 8, 16, 32, 64, 128], {"hidden_size": 256}),
+}
+
+
+def run_sweep(config: dict) -> list[dict[tuple, float]]:
+    """Of each rank: (swept key, value, way to train) -> bytes sent in a step."""
+    sent = {}
+    for key, (values, fixed) in SWEEPS.items():
+        for value in values:
+            point = sweep_point(config, **fixed, **{key: value})
+            if dist.get_rank() == 0:
+                print(f"{key} {value}", flush=True)
+            for name in SWEPT:
+                figures = measure(JOBS[name](point), make_batches64(point))
+                sent[key, value, name] = sent_in_rings(figures, config["gpus"])
+    return distributed.gather(sent)
+
+
+def sweep_point(config: dict, **settings) -> dict:
+    few = {"num_batches": 1, "num_microbatches": config["gpus"], "optimizer": "sgd"}
+    return {**config, **few, **settings}
+
+
+def draw_sweep(config: dict, ranks: list[dict[tuple, float]]):
+    """Marks are measured, lines are the papers' formulas."""
+    import pipedream_visual as visual
+
+    fullest = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
+    lines = [
+        f"The GPU that sends most, of {config['gpus']}. Marks: from the collectives that ran. "
+        "Lines: the papers' formulas.",
+        "Weights grow with the square of the hidden size, activations with it and with the batch.",
+    ]
+    title = "Who sends least? Below the crossings it is another way of training than above them"
+    figure = visual.new_picture(1760, 860, title, lines)
+    for column, (key, (values, fixed)) in enumerate(SWEEPS.items()):
+        axes = visual.add_axes(figure, 120 + 850 * column, 150, 720, 500)
+        formulas = [papers(sweep_point(config, **fixed, **{key: value})) for value in values]
+        for name, color, marker in zip(SWEPT, visual.HUES, "os^D", strict=False):
+            line = [max(formula[name]["sent"]) / 2**20 for formula in formulas]
+            marks = [fullest[key, value, name] / 2**20 for value in values]
+            axes.plot(values, line, color=color, lw=1)
+            axes.plot(values, marks, marker, color=color, label=name)
+        axes.set(xscale="log", yscale="log", ylabel="MiB sent per step")
+        axes.set_xticks(values, map(str, values))
+        axes.minorticks_off()
+        ((other, number),) = fixed.items()
+        axes.set_xlabel(f"{key} (with {other} {number})")
+        axes.spines[["left", "bottom"]].set_visible(True)
+    figure.legend(handles=visual.labelled(axes), loc="lower center", ncols=4, frameon=False)
+    return figure
+
+
+# --------------------------------------------------------------------------------------- main
+
+
+def check(config: dict) -> None:
+    """Raise a UserError for the first setting with which some way to train cannot be."""
+    rules = {**RULES, "gpus": (int, 2, 16), "optimizer": (str,), "timeout": (float, 1, 86_400)}
+    for key, value in config.items():
+        check_value(key, value, rules[key])
+    gpus, optimizer, batch_size = config["gpus"], config["optimizer"], config["batch_size"]
+    if optimizer not in OPTIMIZERS:
+        raise UserError(f"optimizer={shown(optimizer)} must be one of {', '.join(OPTIMIZERS)}")
+    known = {key: value for key, value in config.items() if key in LAB_CONFIG}
+    check_lab_config({**LAB_CONFIG, **known, "num_stages": gpus})
+    if config["network"] == "transformer" and NUM_HEADS % gpus:
+        raise UserError(f"gpus={gpus} must be 2 or 4: the transformer has {NUM_HEADS} heads")
+    if batch_size % gpus:
+        raise UserError(f"batch_size={batch_size} must be a multiple of gpus={gpus}")
+    if config["num_microbatches"] < gpus:
+        few = f"num_microbatches={config['num_microbatches']}"
+        raise UserError(f"{few} must be at least gpus={gpus}, for PyTorch's Schedule1F1B")
+    if "RANK" in os.environ and "PIPEDREAM_LAUNCHED" not in os.environ:
+        raise UserError(
+            "RANK is set, but this starts its processes itself: use python, not torchrun"
+        )
+
+
+def main() -> None:
+    block = re.search(r"\nCONFIG = \{.*?\n\}", Path(__file__).read_text("utf-8"), re.S)
+    doc = f"{__doc__}\nEvery key of CONFIG is also a flag: --gpus 2.\n{block[0] if block else ''}"
+    other: dict = {"--sweep": {"action": "store_true", "help": "draw neighbours.png"}}
+    other["--out"] = {"type": Path, "metavar": "DIR", "help": "folder for the picture (default: .)"}
+    config, flags = parse_config(doc, config=CONFIG, check=check, other=other)
+    if "sweep" in flags and config["network"] != "transformer":
+        raise UserError(
+            "--sweep needs network='transformer': tensor parallelism is about its layers"
+        )
+    distributed.check_engine()
+    if "RANK" not in os.environ:
+        sys.exit(distributed.launch(config["gpus"], config["timeout"]))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # at once and without a word: the launcher says it
+    logging.disable()
+    warnings.simplefilter("ignore")  # about names that PyTorch will rename
+    torch.set_default_dtype(torch.float64)
+    run: Callable = run_sweep if "sweep" in flags else run_all
+    ranks = distributed.in_group(lambda: run(config), "gloo", config["timeout"])
+    if ranks and "sweep" in flags:
+        from pipedream_visual import house_style, save
+
+        path = flags.get("out", Path()) / "neighbours.png"
+        with house_style():
+            save({path: draw_sweep(config, ranks).savefig})
+        print(path)
+    elif ranks:
+        print(format_report(config, ranks), flush=True)
+        sys.exit(not all(f.same for rank in ranks for f in rank.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
