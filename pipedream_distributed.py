@@ -80,6 +80,8 @@ from pipedream_simple import (
     simulate,
 )
 
+T = TypeVar("T")
+
 # -------------------------------------------------------------------------------------- stage
 
 
@@ -335,7 +337,7 @@ def given_pins(plan: Plan) -> dict[int, int]:
     return {op.microbatch // plan.config["num_microbatches"]: op.version for op in forwards}
 
 
-def gather(report: Report) -> list[Report]:
+def gather(report: T) -> list[T]:
     """The reports of all ranks on rank 0, an empty list on the others."""
     reports = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(report, reports)
@@ -458,7 +460,6 @@ def num_cores() -> int:
 # for another one gives up after two thirds of --timeout; one that has not given up when it is over
 # is to blame. A rank that is stopped (SIGSTOP) while no other waits for it has --timeout, too.
 
-T = TypeVar("T")
 LOST = 3  # exit status of a rank that waited in vain for another one
 LOST_WORDS = re.compile("gloo|NCCL|timed? ?out|connection|socket|port must", re.IGNORECASE)
 MAX_PROCESSES = 16  # that this program starts by itself

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """And instead of a pipeline? Data parallelism, ZeRO and tensor parallelism, measured beside it.
 
-    python pipedream_neighbours.py                      starts one process per GPU, four of them
-    python pipedream_neighbours.py --optimizer momentum sgd, momentum or adam
-    python pipedream_neighbours.py --sweep              who sends least? at which sizes? one picture
+    python pipedream_neighbours.py                       starts one process per GPU, four of them
+    python pipedream_neighbours.py --optimizer momentum  sgd, momentum or adam
+    python pipedream_neighbours.py --sweep               who sends least, at which sizes: a picture
 
-The same network, batches and optimizer, trained by one process and then by all of them in seven
-ways, on PyTorch's own engines:
+The same network, batches and optimizer, trained by one process and then by several, in seven ways,
+on PyTorch's own engines:
 
     data parallel    DDP: every GPU has all weights and a part of the batch
     ZeRO stage 1     ZeroRedundancyOptimizer on top: each GPU keeps a part of the optimizer's state
@@ -17,10 +17,8 @@ ways, on PyTorch's own engines:
     PipeDream        the same without a flush, with stashed weights (pipedream_distributed.py)
 
 Each must end on the weights of one process, PipeDream on those of its recurrence. All numbers are
-float64, so that only rounding is left; in float32 half as many bytes would be sent and held.
-The "GPUs" are processes on the CPU, and gloo carries their messages: bytes do not depend on that.
-
-Read the first room, ways to train; the others measure, compare and print.
+float64, so that only rounding is left; in float32 half as many bytes would be sent and held. The
+"GPUs" are processes on the CPU, and gloo carries their messages.
 """
 
 import contextlib
@@ -40,7 +38,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 if __name__ == "__main__":
@@ -51,42 +49,25 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook as after_update
+from torch.optim.optimizer import register_optimizer_step_pre_hook as before_update
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pipedream_distributed as distributed
-from pipedream_lab import LAB_CONFIG, check_lab_config, make_plan
-from pipedream_simple import (
-    NUM_HEADS,
-    RULES,
-    UserError,
-    build_stages,
-    check_value,
-    format_per_gpu,
-    format_table,
-    make_batches,
-    parse_config,
-    run_main,
-    shown,
-)
+import pipedream_lab as lab
+import pipedream_simple as simple
+from pipedream_simple import NUM_HEADS, UserError, Weights, format_per_gpu, format_table, shown
 
 CONFIG = {
     "gpus": 4,  # processes: 2 or 4 for the transformer, which has 4 heads
@@ -101,12 +82,11 @@ CONFIG = {
     "timeout": 60,  # seconds until the run ends when a process has died, hangs or is stopped
 }
 OPTIMIZERS: dict[str, tuple] = {  # -> (class, settings, numbers of state per weight)
-    "sgd": (torch.optim.SGD, {}, 0),
-    "momentum": (torch.optim.SGD, {"momentum": 0.9}, 1),
-    "adam": (torch.optim.Adam, {}, 2),
+    "sgd": (optim.SGD, {}, 0),
+    "momentum": (optim.SGD, {"momentum": 0.9}, 1),
+    "adam": (optim.Adam, {}, 2),
 }
 Batch = tuple[Tensor, Tensor]
-Weights = dict[str, Tensor]
 
 # ------------------------------------------------------------------------------ ways to train
 
@@ -115,27 +95,28 @@ class Job(NamedTuple):
     """One way to train, on one GPU of many."""
 
     train: Callable[[list[Batch]], None]  # on whole batches, of which it may take its part
-    weights: Callable[[], Iterable[Tensor]]  # that this GPU holds now
-    gradients: Callable[[], Iterable[Tensor]]
-    state: Callable[[], dict]  # of the optimizer: whatever it holds
+    held: Callable[[], dict[str, list]]  # kind -> the tensors on this GPU now (and other things)
     final: Callable[[], Weights]  # at the end, under the names that one process has
 
 
 def make_network(config: dict) -> nn.Sequential:
-    return nn.Sequential(*build_stages({**config, "num_stages": config["gpus"], "seed": 0}))
+    return nn.Sequential(*simple.build_stages({**config, "num_stages": config["gpus"], "seed": 0}))
 
 
-def make_optimizer(config: dict, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(config: dict, parameters: Iterable[Tensor]) -> optim.Optimizer:
     kind, settings, _ = OPTIMIZERS[config["optimizer"]]
     return kind(parameters, lr=config["learning_rate"], **settings)
 
 
-def my_part(tensor: Tensor) -> Tensor:
-    """Of a batch, in data parallelism."""
-    return tensor.chunk(dist.get_world_size())[dist.get_rank()]
+def whole(batch: Tensor) -> Tensor:
+    return batch
 
 
-def ordinary(module: nn.Module, optimizer, part=my_part, names: str = "") -> Job:
+def my_part(batch: Tensor) -> Tensor:
+    return batch.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def ordinary(module: nn.Module, optimizer: Any, part=my_part, prefix: str = "") -> Job:
     """The loop that everybody writes. What is parallel is inside the module and the optimizer."""
 
     def train(batches: list[Batch]) -> None:
@@ -144,24 +125,21 @@ def ordinary(module: nn.Module, optimizer, part=my_part, names: str = "") -> Job
             optimizer.step()
             optimizer.zero_grad()
 
-    def final() -> Weights:
-        named = (
-            (name.removeprefix("module."), w.detach()) for name, w in module.named_parameters()
-        )
-        return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in named}
+    def held() -> dict[str, list]:
+        state = getattr(optimizer, "optim", optimizer).state  # optim: of ZeroRedundancyOptimizer
+        w = [*module.parameters()]
+        return {"weights": w, "gradients": [p.grad for p in w], "optimizer": [*state.values()]}
 
-    return Job(
-        train,
-        module.parameters,
-        lambda: [w.grad for w in module.parameters() if w.grad is not None],
-        lambda: getattr(optimizer, "optim", optimizer).state,  # optim: of ZeroRedundancyOptimizer
-        final,
-    )
+    def final() -> Weights:
+        named = ((prefix + k.removeprefix("module."), w) for k, w in module.named_parameters())
+        return {k: getattr(w, "full_tensor", lambda w=w: w)().clone() for k, w in named}
+
+    return Job(train, held, final)
 
 
 def one_process(config: dict) -> Job:
     network = make_network(config)
-    return ordinary(network, make_optimizer(config, network.parameters()), part=lambda whole: whole)
+    return ordinary(network, make_optimizer(config, network.parameters()), whole)
 
 
 def data_parallel(config: dict) -> Job:
@@ -178,15 +156,14 @@ def zero_1(config: dict) -> Job:
     return ordinary(ddp, ZeroRedundancyOptimizer(ddp.parameters(), kind, **settings))
 
 
-def fsdp(config: dict, reshard_after_forward: bool) -> Job:
+def fsdp(config: dict, reshard: bool) -> Job:
     """FSDP2 gathers a layer's weights when they are needed, and reduce-scatters its gradients."""
-    network, settings = make_network(config), {"reshard_after_forward": reshard_after_forward}
-    for layer in (layer for stage in network for layer in stage.children()):
-        for module in layer.children():  # a transformer layer next to the embedding or the head
-            if isinstance(module, nn.TransformerEncoderLayer):
-                fully_shard(module, mesh=mesh(), **settings)
-        fully_shard(layer, mesh=mesh(), **settings)
-    fully_shard(network, mesh=mesh(), **settings)
+    network = make_network(config)
+    layers = [layer for stage in network for layer in stage.children()]
+    inner = [part for layer in layers for part in layer.children()]  # beside embedding or head
+    blocks = [part for part in inner if isinstance(part, nn.TransformerEncoderLayer)]
+    for module in (*blocks, *layers, network):  # from the inside out
+        fully_shard(module, mesh=mesh(), reshard_after_forward=reshard)
     return ordinary(network, make_optimizer(config, network.parameters()))
 
 
@@ -230,7 +207,7 @@ def with_blocks(network: nn.Module) -> nn.Module:
 def tensor_parallel(config: dict) -> Job:
     """Column-wise split, then row-wise: the two products need one all-reduce each way.
 
-    Embedding, norms and head are not split; every GPU does the same there. (Megatron-LM splits the
+    Embedding, norms and head are not split: every GPU does the same there. (Megatron-LM splits the
     embedding and the head, too.)
     """
     network = with_blocks(make_network(config))
@@ -239,7 +216,7 @@ def tensor_parallel(config: dict) -> Job:
     for module in network.modules():
         if isinstance(module, Block):
             parallelize_module(module, mesh(), pairs)
-    return ordinary(network, make_optimizer(config, network.parameters()), part=lambda whole: whole)
+    return ordinary(network, make_optimizer(config, network.parameters()), whole)
 
 
 def pipeline_1f1b(config: dict) -> Job:
@@ -255,14 +232,11 @@ def pipeline_1f1b(config: dict) -> Job:
             optimizer.step()
             optimizer.zero_grad()
 
-    def final() -> Weights:
-        return {f"{rank}.{name}": w.detach() for name, w in module.named_parameters()}
-
-    return ordinary(module, optimizer)._replace(train=train, final=final)
+    return ordinary(module, optimizer, prefix=f"{rank}.")._replace(train=train)
 
 
 class OptimizedStage(distributed.VersionedStage):
-    """A stage with versions, and any optimizer: its state goes from version to version."""
+    """A stage with versions, for any optimizer: its state goes from version to version."""
 
     def restart(self) -> None:
         super().restart()
@@ -284,8 +258,7 @@ class OptimizedStage(distributed.VersionedStage):
 
 def pipedream(config: dict) -> Job:
     """Not batch by batch: one stream through the whole run."""
-    settings = {key: config[key] for key in config if key in LAB_CONFIG}
-    plan = make_plan({**LAB_CONFIG, **settings, "num_stages": config["gpus"], "device": "cpu"})
+    plan = lab.make_plan(lab_config(config))
     plan = plan._replace(config={**plan.config, "optimizer": config["optimizer"]})
     rank, stages = dist.get_rank(), list[distributed.VersionedStage]()
     stage = OptimizedStage(rank, plan, torch.device("cpu"), stages, [])
@@ -298,32 +271,24 @@ def pipedream(config: dict) -> Job:
         x, y = (torch.cat(part) for part in zip(*batches, strict=True))
         engine.step(*[x] * (rank == 0), target=y, return_outputs=False, losses=[])
 
-    def weights() -> list[Tensor]:
-        return [w for module in stage.versions.values() for w in module.parameters()]
-
-    def gradients() -> list[Tensor]:
-        return [*stage.gradient.values(), *(w.grad for w in weights() if w.grad is not None)]
+    def held() -> dict[str, list]:
+        w = [w for module in stage.versions.values() for w in module.parameters()]
+        gradients = [*stage.gradient.values(), *(p.grad for p in w)]
+        return {"weights": w, "gradients": gradients, "optimizer": [stage.state]}
 
     def final() -> Weights:
         newest = stage.versions[max(stage.versions)]
-        return {f"{rank}.{name}": w.detach() for name, w in newest.named_parameters()}
+        return {f"{rank}.{name}": w.clone() for name, w in newest.named_parameters()}
 
-    return Job(train, weights, gradients, lambda: stage.state, final)
-
-
-JOBS: dict[str, Callable[[dict], Job]] = {
-    "one process": one_process,
-    "data parallel": data_parallel,
-    "ZeRO stage 1": zero_1,
-    "ZeRO stage 2": lambda config: fsdp(config, reshard_after_forward=False),
-    "ZeRO stage 3": lambda config: fsdp(config, reshard_after_forward=True),
-    "tensor parallel": tensor_parallel,
-    "pipeline 1F1B": pipeline_1f1b,
-    "PipeDream": pipedream,
-}
+    return Job(train, held, final)
 
 
-def recurrence(config: dict, batches: list[Batch]) -> nn.Module:
+def lab_config(config: dict) -> dict:
+    known = {key: value for key, value in config.items() if key in simple.CONFIG}
+    return {**lab.LAB_CONFIG, **known, "num_stages": config["gpus"], "device": "cpu"}
+
+
+def recurrence(config: dict, batches: list[Batch]) -> Weights:
     """PipeDream as the paper writes it, without a schedule, in one process.
 
     The gradient of batch b is that at the weights that stage s had ceil((S-1-s)/M) updates ago.
@@ -339,40 +304,47 @@ def recurrence(config: dict, batches: list[Batch]) -> nn.Module:
             w.grad = stale.grad
         optimizer.step()
         past.append(copy.deepcopy(network))
-    return network
+    return dict(network.named_parameters())
 
+
+JOBS: dict[str, Callable[[dict], Job]] = {
+    "data parallel": data_parallel,
+    "ZeRO stage 1": zero_1,
+    "ZeRO stage 2": lambda config: fsdp(config, reshard=False),
+    "ZeRO stage 3": lambda config: fsdp(config, reshard=True),
+    "tensor parallel": tensor_parallel,
+    "pipeline 1F1B": pipeline_1f1b,
+    "PipeDream": pipedream,
+}
 
 # ------------------------------------------------------------------------------------- meters
 
 KINDS = ["weights", "gradients", "optimizer", "activations"]
-COLLECTIVES = {  # what PyTorch calls it -> the share of its tensor that a ring of G GPUs sends
-    "all-reduce": lambda num_gpus: 2 * (num_gpus - 1) / num_gpus,
-    "all-gather": lambda num_gpus: (num_gpus - 1) / num_gpus,
-    "reduce-scatter": lambda num_gpus: (num_gpus - 1) / num_gpus,
-    "broadcast": lambda num_gpus: (num_gpus - 1) / num_gpus,  # on average: the last one is silent
-    "send": lambda num_gpus: 1,
+IN_A_RING: dict[str, Callable[[int], float]] = {  # what a GPU of G sends of a collective's tensor
+    "all-reduce": lambda gpus: 2 * (gpus - 1) / gpus,
+    "all-gather": lambda gpus: (gpus - 1) / gpus,
+    "reduce-scatter": lambda gpus: (gpus - 1) / gpus,
+    "broadcast": lambda gpus: (gpus - 1) / gpus,  # on average: the last one sends nothing
+    "send": lambda gpus: 1,
 }
-SILENT = ("recv", "wait", "barrier", "wrap")  # they send nothing that belongs to a step
+SILENT = "recv", "wait", "wrap"  # they send nothing
 
 
 class Meter(TorchDispatchMode):
     """Sees every operation of PyTorch that runs in this process, whoever asked for it.
 
     A collective is counted with the bytes of the tensor that it is about (the whole one, where each
-    GPU has a part). Memory is counted as storages that exist: those of weights, gradients and
-    optimizer state, and of what autograd saves for a backward; what FSDP2 gathers is weights, and
-    what it reduces is gradients. It looks when autograd saves or uses a tensor, at every
-    collective, and around each update.
+    GPU has a part). Memory is counted as storages that exist: weights, gradients, optimizer state,
+    and what autograd saves for a backward; but not the buffers in which FSDP2 sends. It looks when
+    autograd saves or uses a tensor, at every collective, and around each update.
     """
 
     def __init__(self, job: Job):
         super().__init__()
-        self.job = job
+        self.job, self.messages, self.handed = job, Counter[str](), Counter[str]()
         self.alive: dict[str, WeakSet] = {kind: WeakSet() for kind in KINDS}
-        self.peak: Counter = Counter()
-        self.messages: Counter = Counter()
-        self.handed: Counter = Counter()
-        self.look_at_all()
+        self.peak = dict.fromkeys(KINDS, 0)
+        self.look()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(each, DTensor) for each in types):
@@ -380,57 +352,45 @@ class Meter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if "c10d" in func.namespace:
             name = func.__name__.replace("_", "")
-            kind = next((kind for kind in COLLECTIVES if kind.replace("-", "") in name), "")
-            assert kind or any(word in name for word in SILENT), name
+            kinds = [kind for kind in IN_A_RING if kind.replace("-", "") in name]
+            assert kinds or any(word in name for word in SILENT), name
             tensors = [t for t in tree_leaves((args, result)) if isinstance(t, Tensor)]
-            if kind:
-                largest = max(tensors, key=lambda t: t.nbytes)
-                self.messages[kind] += 1
-                self.handed[kind] += largest.nbytes
-                owner = {"all-gather": "weights", "reduce-scatter": "gradients"}.get(kind)
-                if owner:
-                    self.alive[owner].add(largest.untyped_storage())
-                self.look()
+            self.messages.update(kinds)
+            self.handed.update(dict.fromkeys(kinds, max(tensor.nbytes for tensor in tensors)))
+            self.look()
         return result
 
-    def look(self) -> None:
-        self.note("weights", self.job.weights())
-        self.note("gradients", self.job.gradients())
+    def look(self, *_) -> None:
+        for kind, things in self.job.held().items():
+            self.note(kind, things)
 
-    def look_at_all(self, *_) -> None:
-        self.look()
-        self.note("optimizer", tree_leaves([*self.job.state().values()]))
-
-    def note(self, kind: str, tensors: Iterable) -> None:
+    def note(self, kind: str, things: list) -> None:
         alive = self.alive[kind]
-        alive.update(storage_of(tensor) for tensor in tensors if isinstance(tensor, Tensor))
+        alive.update(storage_of(t) for t in tree_leaves(things) if isinstance(t, Tensor))
         held = alive - self.alive["weights"] if kind == "activations" else alive
         self.peak[kind] = max(self.peak[kind], sum(storage.nbytes() for storage in held))
 
+    def save(self, tensor: Tensor) -> Tensor:
+        self.note("weights", self.job.held()["weights"])  # a Linear saves its weights, too
+        self.note("activations", [tensor])
+        return tensor.detach()  # with its graph it would keep itself alive
+
+    def use(self, tensor: Tensor) -> Tensor:
+        self.look()
+        return tensor
+
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        def save(tensor: Tensor) -> Tensor:
-            self.note("weights", self.job.weights())  # a Linear saves its weights, too
-            self.note("activations", [tensor])
-            return tensor.detach()  # with its graph it would keep itself alive
-
-        def use(tensor: Tensor) -> Tensor:
-            self.look()
-            return tensor
-
-        hooks = [register_optimizer_step_pre_hook(self.look_at_all)]
-        hooks += [register_optimizer_step_post_hook(self.look_at_all)]
-        with self, saved_tensors_hooks(save, use):
+        hooks = before_update(self.look), after_update(self.look)
+        with self, saved_tensors_hooks(self.save, self.use):
             yield
         for hook in hooks:
             hook.remove()
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage:
-    if isinstance(tensor, DTensor):
-        with torch.no_grad():
-            tensor = tensor.to_local()
-    return tensor.untyped_storage()
+    with torch.no_grad() if isinstance(tensor, DTensor) else contextlib.nullcontext():
+        return getattr(tensor, "to_local", lambda: tensor)().untyped_storage()
 
 
 def bytes_on_the_wire() -> int:
@@ -455,79 +415,66 @@ class Figures(NamedTuple):
     handed: dict[str, float]  # bytes of the tensors that they are about, per step
     wire: float  # bytes that the sockets of its process sent, per step
     peak: dict[str, int]  # bytes, by kind
-    seconds: float  # of a step; the median
+    seconds: float  # of a step: the median of some without the meter
     off: float = 0  # the largest difference of a weight from what it should be
     same: bool = True  # is that a millionth at most of how far training moved the weights?
 
+    def sent(self, gpus: int) -> float:
+        """Bytes per step, if collectives are rings."""
+        return sum(IN_A_RING[kind](gpus) * handed for kind, handed in self.handed.items())
 
-def measure(job: Job, batches: list[Batch], stream: bool = False, repeats: int = 3) -> Figures:
-    """Train under the meter. What is counted per step is that of the last one."""
-    meter = Meter(job)
-    calls = [batches] if stream else [[batch] for batch in batches]
-    for call in calls:
+
+def measure(job: Job, batches: list[Batch], repeats: int = 3) -> tuple[Weights, Figures]:
+    """Train under the meter: the weights, and the figures of the last step."""
+    meter, stream = Meter(job), job.train.__qualname__.startswith("pipedream")
+    for call in [batches] if stream else [[batch] for batch in batches]:
         meter.messages.clear()
         meter.handed.clear()
         before = bytes_on_the_wire()
         with meter.watching():
             job.train(call)
-        sent = bytes_on_the_wire() - before
-    messages, handed = (
-        {kind: number / len(call) for kind, number in counted.items()}
-        for counted in (meter.messages, meter.handed)
-    )
-    return Figures(messages, handed, sent / len(call), dict(meter.peak), 0)
-
-
-def seconds_of_step(job: Job, call: list[Batch], repeats: int = 3) -> float:
-    """The median of some steps without the meter, whose results are thrown away."""
-    took = []
-    for _ in range(repeats):
+        wire = (bytes_on_the_wire() - before) / len(call)
+    messages = {kind: number / len(call) for kind, number in meter.messages.items()}
+    handed = {kind: number / len(call) for kind, number in meter.handed.items()}
+    final, seconds = job.final(), [0.0]
+    for number in range(repeats):
         start = time.perf_counter()
         job.train(call)
-        took.append((time.perf_counter() - start) / len(call))
-    return statistics.median(took)
+        seconds[number:] = [(time.perf_counter() - start) / len(call)]
+    return final, Figures(messages, handed, wire, meter.peak, statistics.median(seconds))
 
 
 def run_all(config: dict) -> list[dict[str, Figures]]:
     """Train in all ways, one after the other. On rank 0: of each rank, what it measured."""
-    batches = make_batches64(config)
-    network, figures, results = make_network(config), dict[str, Figures](), [None, None]
-    start = {name: w.detach().clone() for name, w in network.named_parameters()}
-    first = dist.get_rank() == 0
-    for name in names_of(config):
-        if first:
-            print(end=f"{name} ... ", flush=True)
-        if name == "one process":  # it has the machine to itself: the other ranks wait
-            if first:
-                job = one_process(config)
-                figures[name] = measure(job, batches)
-                delayed = dict(recurrence(config, batches).named_parameters())
-                results = [{key: w.clone() for key, w in job.final().items()}, delayed]
-                figures[name] = figures[name]._replace(seconds=seconds_of_step(job, batches[-1:]))
-            dist.broadcast_object_list(results)
-            plain, delayed = results
-            moved = max((plain[key] - start[key]).abs().max().item() for key in plain)
-            network.load_state_dict(plain)
-            in_pairs = dict(with_blocks(network).named_parameters())
+    batches, figures, alone = make_batches(config), dict[str, Figures](), [Weights(), Weights()]
+    if dist.get_rank() == 0:
+        final, figures["one process"] = measure(one_process(config), batches)
+        alone = [final, recurrence(config, batches)]
+    dist.broadcast_object_list(alone)  # the others wait: one process has the machine to itself
+    true, delayed = alone
+    network = make_network(config)
+    moved = distributed.difference(dict(network.named_parameters()), true)
+    network.load_state_dict(true)
+    pairs = dict(with_blocks(network).named_parameters())
+    for name, start in JOBS.items():
+        if name == "tensor parallel" and config["network"] == "residual":
             continue
-        job, stream = JOBS[name](config), name == "PipeDream"
-        measured = measure(job, batches, stream)
-        true = {"tensor parallel": in_pairs, "PipeDream": delayed}.get(name, plain)
-        off = max((w - true[key]).abs().max().item() for key, w in job.final().items())
-        seconds = seconds_of_step(job, batches if stream else batches[-1:])
-        figures[name] = measured._replace(seconds=seconds, off=off, same=off <= 1e-6 * moved)
-    if first:
-        print("done\n", flush=True)
+        say(name)
+        final, measured = measure(start(config), batches)
+        expected = {"tensor parallel": pairs, "PipeDream": delayed}.get(name, true)
+        off = distributed.difference(expected, final)  # of what this GPU has
+        figures[name] = measured._replace(off=off, same=off <= 1e-6 * moved)
     return distributed.gather(figures)
 
 
-def make_batches64(config: dict) -> list[Batch]:
-    return [(x.double(), y) for x, y in make_batches({**config, "seed": 0})]
+def say(what: str) -> None:
+    if dist.get_rank() == 0:
+        with contextlib.suppress(BrokenPipeError):  # | head: go on, the other ranks wait
+            print(end=f"{what} ... ", flush=True)
 
 
-def names_of(config: dict) -> list[str]:
-    """The ways to train this network."""
-    return [name for name in JOBS if name != "tensor parallel" or config["network"] != "residual"]
+def make_batches(config: dict) -> list[Batch]:
+    return [(x.double(), y) for x, y in simple.make_batches({**config, "seed": 0})]
 
 
 # ------------------------------------------------------------------------------------- papers
@@ -548,7 +495,6 @@ def papers(config: dict, activations: float = 0) -> dict[str, dict[str, list[flo
     w = sum(stages)
     shard, part, rest = w / num_gpus, activations / num_gpus, w - in_pairs * (1 - 1 / num_gpus)
     rows: dict[str, tuple] = {
-        "one process": (0, w, w, states * w, activations),
         "data parallel": (ring * w, w, w, states * w, part),
         "ZeRO stage 1": (ring * w, w, w, states * shard, part),
         "ZeRO stage 2": (ring * w, w, shard, states * shard, part),
@@ -567,44 +513,34 @@ def papers(config: dict, activations: float = 0) -> dict[str, dict[str, list[flo
     return {name: dict(zip(["sent", *KINDS], row, strict=True)) for name, row in of_gpus.items()}
 
 
-def sent_in_rings(figures: Figures, num_gpus: int) -> float:
-    return sum(COLLECTIVES[kind](num_gpus) * n for kind, n in figures.handed.items())
-
-
 # ------------------------------------------------------------------------------------- report
 
 TOLERANCE = 0.05
-REASONS = {  # why PyTorch differs from the papers, where it is known to
-    ("ZeRO stage 1", "sent"): "gradients are all-reduced, as in DDP, where the paper "
-    "reduce-scatters them",
-    ("ZeRO stage 1", "optimizer"): "whole parameters are dealt out, not equal shares",
-    **dict.fromkeys(
-        [(f"ZeRO stage {n}", kind) for n in (2, 3) for kind in ("sent", "optimizer")],
-        "FSDP2 pads what it cannot split evenly: the head has 10 rows",
-    ),
-    **dict.fromkeys(
-        [(f"ZeRO stage {n}", kind) for n in (2, 3) for kind in ("weights", "gradients")],
-        "and the layers that are whole at that moment, with the buffers that they travel in",
-    ),
-    ("tensor parallel", "activations"): "1/G of what is inside attention and MLP; what goes in "
-    "and comes out is whole",
-    **dict.fromkeys(
-        [(name, "activations") for name in ("pipeline 1F1B", "PipeDream")],
-        "the stages differ: one embeds, one has the head and the loss",
-    ),
-    ("PipeDream", "gradients"): "a microbatch's gradient, and the sum over the batch",
-    ("PipeDream", "activations"): "PyTorch's engine keeps what it receives until its step, here "
-    "the whole run, is over",
+PADS = "FSDP2 pads what does not split evenly: the head has 10 rows"
+ALSO = "and the layers that are whole at that moment"
+ENDS = "stages differ: one embeds, one has the head and the loss"
+REASONS = {  # why PyTorch differs from the papers, where that is known
+    "ZeRO stage 1": {
+        "sent": "gradients are all-reduced, as in DDP, where the paper reduce-scatters them",
+        "optimizer": "whole parameters are dealt out, not equal shares",
+    },
+    "ZeRO stage 2": {"sent": PADS, "optimizer": PADS, "weights": ALSO, "gradients": ALSO},
+    "ZeRO stage 3": {"sent": PADS, "optimizer": PADS, "weights": ALSO, "gradients": ALSO},
+    "tensor parallel": {"activations": "inputs and outputs of attention and MLP are not split"},
+    "pipeline 1F1B": {"activations": ENDS},
+    "PipeDream": {
+        "gradients": "that of a microbatch, and the sum over the batch",
+        "activations": "PyTorch's engine keeps what it receives until its step, the run, is over",
+    },
 }
 
 
-def verdict(name: str, kind: str, measured: list, formula: list, reasons: list[str]) -> str:
+def verdict(reason: str, measured: list, formula: list, reasons: list[str]) -> str:
     """Does the formula hold? If not, what it says, by how much it is off, and why."""
     ratios = [m / f for m, f in zip(measured, formula, strict=True) if f]
-    worst = max(ratios, key=lambda ratio: abs(math.log(ratio or 1e-9)), default=1.0)
+    worst = max(ratios, key=lambda ratio: abs(ratio - 1), default=1)
     if abs(worst - 1) <= TOLERANCE:
         return "holds"
-    reason = REASONS.get((name, kind), "for a reason that is not known here")
     if reason not in reasons:
         reasons.append(reason)
     return f"{kib(formula)}: {worst:.2f}x ({1 + reasons.index(reason)})"
@@ -619,60 +555,61 @@ def each(values: list) -> str:
     return str(values[0]) if len({*values}) == 1 else format_per_gpu(values)
 
 
+def all_same(ranks: list[dict[str, Figures]]) -> bool:
+    return all(figures.same for rank in ranks for figures in rank.values())
+
+
 def format_report(config: dict, ranks: list[dict[str, Figures]]) -> str:
-    num_gpus, reasons = config["gpus"], list[str]()
-    formulas = papers(config, ranks[0]["one process"].peak["activations"])
+    one, reasons = ranks[0]["one process"], list[str]()
+    formulas = papers(config, one.peak["activations"])
     sent = [["", "messages", "handed over", "sent", "papers"]]
-    held, took = [["", *KINDS]], [["", "ms", "on the wire", "difference"]]
-    for name in names_of(config):
-        figures = [rank[name] for rank in ranks if name in rank]  # one process: of rank 0
-        formula = {kind: row[: len(figures)] for kind, row in formulas[name].items()}
-        in_rings = [sent_in_rings(f, num_gpus) for f in figures]
-        if len(figures) > 1:
-            kinds = [kind for kind in COLLECTIVES if kind in figures[0].messages]
-            # int: PipeDream's engine also says hello, once in the run, with a byte
-            parts = [f"{each([int(f.messages[k]) for f in figures])} {k}" for k in kinds]
-            handed = kib([sum(f.handed.values()) for f in figures])
-            says = verdict(name, "sent", in_rings, formula["sent"], reasons)
-            sent.append([name, ", ".join(parts), handed, kib(in_rings), says])
-        peaks = {kind: [f.peak.get(kind, 0) for f in figures] for kind in KINDS}
-        held.append([name, *(kib(peaks[kind]) for kind in KINDS)])
-        held.append(["  papers"])
-        held[-1] += [verdict(name, k, peaks[k], formula[k], reasons) for k in KINDS]
-        seconds, wire = max(f.seconds for f in figures), [f.wire for f in figures]
-        off = max(f.off for f in figures)
-        took.append([name, f"{1000 * seconds:.0f}", kib(wire), f"{off:.1e}"])
-    del held[2]  # one process is what the papers' activations are a part of
-    took[1][2:] = ["", ""]
-    same = all(f.same for rank in ranks for f in rank.values())
-    good = "✅ ALL END ON THE WEIGHTS OF ONE PROCESS, PipeDream ON THOSE OF ITS RECURRENCE"
-    return "\n".join(
-        [
-            "📊 WHAT A GPU SENDS, KiB per step",
-            *format_table(sent),
-            SENT_LEGEND,
-            "\n📊 WHAT A GPU HOLDS, KiB at the peak of each",
-            *format_table(held),
-            *(f"   ({number}) {reason}" for number, reason in enumerate(reasons, start=1)),
-            "\n📊 TIME OF A STEP, BYTES ON THE WIRE, AND THE LARGEST DIFFERENCE OF A WEIGHT",
-            *format_table(took),
-            WIRE_LEGEND,
-            "\n" + (good if same else "❌ SOME DO NOT END ON THE WEIGHTS THAT THEY SHOULD"),
-        ]
+    held = [["", *KINDS], ["one process", *(kib([one.peak[kind]]) for kind in KINDS)]]
+    took = [["", "ms", "on the wire", "difference"], ["one process", f"{1000 * one.seconds:.0f}"]]
+    took[1] += ["", ""]
+    for name in ranks[-1]:
+        figures = [rank[name] for rank in ranks]
+        measured: dict[str, list] = {kind: [f.peak[kind] for f in figures] for kind in KINDS}
+        measured["sent"] = [f.sent(len(ranks)) for f in figures]
+        says = {}
+        for kind in ("sent", *KINDS):
+            reason = REASONS.get(name, {}).get(kind, "for a reason that is not known here")
+            says[kind] = verdict(reason, measured[kind], formulas[name][kind], reasons)
+        # int: the engine of PipeDream also says hello, once in the run, with a byte
+        parts = [f"{each([int(f.messages[k]) for f in figures])} {k}" for k in figures[0].messages]
+        handed = kib([sum(f.handed.values()) for f in figures])
+        sent.append([name, ", ".join(parts), handed, kib(measured["sent"]), says["sent"]])
+        held.append([name, *(kib(measured[kind]) for kind in KINDS)])
+        held.append(["  papers", *(says[kind] for kind in KINDS)])
+        seconds, off = max(f.seconds for f in figures), max(f.off for f in figures)
+        took.append([name, f"{1000 * seconds:.0f}", kib([f.wire for f in figures]), f"{off:.1e}"])
+    notes = [f"   ({number}) {reason}" for number, reason in enumerate(reasons, start=1)]
+    text = REPORT.format(
+        *("\n".join(lines) for lines in map(format_table, (sent, held))),
+        *["\n".join(lines) for lines in (notes, format_table(took))],
     )
+    end = "✅ ALL END" if all_same(ranks) else "❌ NOT ALL END"
+    return f"{text}\n{end} ON THE WEIGHTS OF ONE PROCESS, PipeDream ON THOSE OF ITS RECURRENCE"
 
 
-SENT_LEGEND = """\
+REPORT = """
+📊 WHAT A GPU SENDS, KiB per step
+{}
    Several numbers: GPU by GPU. handed over: the tensors of the collectives that
-   ran. sent: what a GPU sends of them in a ring of G GPUs, 2(G-1)/G of an
-   all-reduce, (G-1)/G of the others, all of a send. papers: all-reduce of the
-   weights (ZeRO-3: 1.5 times that); four all-reduces of activations per layer;
-   the activations of a cut, and their gradients."""
-WIRE_LEGEND = """\
-   on the wire: KiB that the kernel counted at the sockets. gloo's all-reduce is a
-   ring, its reduce-scatter a whole all-reduce, its broadcast a tree. Processes
-   that share cores are slower than GPUs would be: times say what PyTorch's own
-   work costs, not which way is fastest."""
+   ran. sent: what a GPU of G sends of them in a ring: 2(G-1)/G of an all-reduce,
+   (G-1)/G of the others, all of a send. papers: an all-reduce of the weights, 1.5
+   times that (ZeRO 3), four all-reduces of activations per layer, or the
+   activations of a cut and their gradients.
+
+📊 WHAT A GPU HOLDS, KiB at the peak of each
+{}
+{}
+
+📊 A STEP: ms, KiB ON THE WIRE, AND THE LARGEST DIFFERENCE OF A WEIGHT
+{}
+   on the wire: counted by the kernel, at the sockets. gloo's all-reduce is a ring,
+   its reduce-scatter a whole all-reduce, its broadcast a tree. Times are those of
+   processes that share cores, not of GPUs.
+"""
 
 # -------------------------------------------------------------------------------------- sweep
 
@@ -684,49 +621,45 @@ SWEEPS: dict[str, tuple] = {  # -> (its values, what stays)
 
 
 def run_sweep(config: dict) -> list[dict[tuple, float]]:
-    """Of each rank: (swept key, value, way to train) -> bytes sent in a step."""
+    """Of each rank: (key, value, way to train) -> bytes sent in a step."""
     sent = {}
-    for key, (values, fixed) in SWEEPS.items():
-        for value in values:
-            point = sweep_point(config, **fixed, **{key: value})
-            if dist.get_rank() == 0:
-                print(f"{key} {value}", flush=True)
-            for name in SWEPT:
-                figures = measure(JOBS[name](point), make_batches64(point))
-                sent[key, value, name] = sent_in_rings(figures, config["gpus"])
+    for key, value, point in points(config):
+        say(f"{key} {value}")
+        for name in SWEPT:
+            _, figures = measure(JOBS[name](point), make_batches(point), repeats=0)
+            sent[key, value, name] = figures.sent(config["gpus"])
     return distributed.gather(sent)
 
 
-def sweep_point(config: dict, **settings) -> dict:
+def points(config: dict) -> Iterator[tuple[str, int, dict]]:
     few = {"num_batches": 1, "num_microbatches": config["gpus"], "optimizer": "sgd"}
-    return {**config, **few, **settings}
+    for key, (values, fixed) in SWEEPS.items():
+        yield from ((key, value, {**config, **few, **fixed, key: value}) for value in values)
 
 
 def draw_sweep(config: dict, ranks: list[dict[tuple, float]]):
     """Marks are measured, lines are the papers' formulas."""
     import pipedream_visual as visual
 
-    fullest = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
+    title = "Who sends least? It depends on the hidden size and on the batch"
     lines = [
         f"The GPU that sends most, of {config['gpus']}. Marks: from the collectives that ran. "
-        "Lines: the papers' formulas.",
-        "Weights grow with the square of the hidden size, activations with it and with the batch.",
+        "Lines: the formulas of the papers.",
+        "Weights grow with the square of the hidden size; activations with it and the batch.",
     ]
-    title = "Who sends least? Below the crossings it is another way of training than above them"
     figure = visual.new_picture(1760, 860, title, lines)
+    formulas = {(key, value): papers(point) for key, value, point in points(config)}
     for column, (key, (values, fixed)) in enumerate(SWEEPS.items()):
         axes = visual.add_axes(figure, 120 + 850 * column, 150, 720, 500)
-        formulas = [papers(sweep_point(config, **fixed, **{key: value})) for value in values]
         for name, color, marker in zip(SWEPT, visual.HUES, "os^D", strict=False):
-            line = [max(formula[name]["sent"]) / 2**20 for formula in formulas]
-            marks = [fullest[key, value, name] / 2**20 for value in values]
+            line = [max(formulas[key, value][name]["sent"]) / 2**20 for value in values]
+            marks = [max(rank[key, value, name] for rank in ranks) / 2**20 for value in values]
             axes.plot(values, line, color=color, lw=1)
             axes.plot(values, marks, marker, color=color, label=name)
         axes.set(xscale="log", yscale="log", ylabel="MiB sent per step")
         axes.set_xticks(values, map(str, values))
         axes.minorticks_off()
-        ((other, number),) = fixed.items()
-        axes.set_xlabel(f"{key} (with {other} {number})")
+        axes.set_xlabel(f"{key} (with {', '.join(f'{k} {v}' for k, v in fixed.items())})")
         axes.spines[["left", "bottom"]].set_visible(True)
     figure.legend(handles=visual.labelled(axes), loc="lower center", ncols=4, frameon=False)
     return figure
@@ -737,37 +670,36 @@ def draw_sweep(config: dict, ranks: list[dict[tuple, float]]):
 
 def check(config: dict) -> None:
     """Raise a UserError for the first setting with which some way to train cannot be."""
-    rules = {**RULES, "gpus": (int, 2, 16), "optimizer": (str,), "timeout": (float, 1, 86_400)}
+    rules = {"gpus": (int, 2, 16), "optimizer": (str,), "timeout": (float, 1, 86_400)}
     for key, value in config.items():
-        check_value(key, value, rules[key])
-    gpus, optimizer, batch_size = config["gpus"], config["optimizer"], config["batch_size"]
-    if optimizer not in OPTIMIZERS:
-        raise UserError(f"optimizer={shown(optimizer)} must be one of {', '.join(OPTIMIZERS)}")
-    known = {key: value for key, value in config.items() if key in LAB_CONFIG}
-    check_lab_config({**LAB_CONFIG, **known, "num_stages": gpus})
+        simple.check_value(key, value, {**simple.RULES, **rules}[key])
+    gpus, microbatches = config["gpus"], config["num_microbatches"]
+    if config["optimizer"] not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise UserError(f"optimizer={shown(config['optimizer'])} must be one of {known}")
+    lab.check_lab_config(lab_config(config))
     if config["network"] == "transformer" and NUM_HEADS % gpus:
         raise UserError(f"gpus={gpus} must be 2 or 4: the transformer has {NUM_HEADS} heads")
-    if batch_size % gpus:
-        raise UserError(f"batch_size={batch_size} must be a multiple of gpus={gpus}")
-    if config["num_microbatches"] < gpus:
-        few = f"num_microbatches={config['num_microbatches']}"
-        raise UserError(f"{few} must be at least gpus={gpus}, for PyTorch's Schedule1F1B")
+    if config["batch_size"] % gpus:
+        raise UserError(f"batch_size={config['batch_size']} must be a multiple of gpus={gpus}")
+    if microbatches < gpus:
+        why = "or PyTorch's Schedule1F1B cannot run"
+        raise UserError(f"num_microbatches={microbatches} must be at least gpus={gpus}, {why}")
     if "RANK" in os.environ and "PIPEDREAM_LAUNCHED" not in os.environ:
         raise UserError(
-            "RANK is set, but this starts its processes itself: use python, not torchrun"
+            "RANK is set, but this starts its processes itself: try it without torchrun"
         )
 
 
 def main() -> None:
     block = re.search(r"\nCONFIG = \{.*?\n\}", Path(__file__).read_text("utf-8"), re.S)
     doc = f"{__doc__}\nEvery key of CONFIG is also a flag: --gpus 2.\n{block[0] if block else ''}"
-    other: dict = {"--sweep": {"action": "store_true", "help": "draw neighbours.png"}}
-    other["--out"] = {"type": Path, "metavar": "DIR", "help": "folder for the picture (default: .)"}
-    config, flags = parse_config(doc, config=CONFIG, check=check, other=other)
+    sweep: dict = {"action": "store_true", "help": "draw neighbours.png"}
+    out = {"type": Path, "metavar": "DIR", "help": "folder for the picture (default: .)"}
+    other: dict[str, dict] = {"--sweep": sweep, "--out": out}
+    config, flags = simple.parse_config(doc, config=CONFIG, check=check, other=other)
     if "sweep" in flags and config["network"] != "transformer":
-        raise UserError(
-            "--sweep needs network='transformer': tensor parallelism is about its layers"
-        )
+        raise UserError("--sweep needs --network transformer: tensor parallelism splits its layers")
     distributed.check_engine()
     if "RANK" not in os.environ:
         sys.exit(distributed.launch(config["gpus"], config["timeout"]))
@@ -784,11 +716,11 @@ def main() -> None:
         path = flags.get("out", Path()) / "neighbours.png"
         with house_style():
             save({path: draw_sweep(config, ranks).savefig})
-        print(path)
+        print(f"\n{path}")
     elif ranks:
         print(format_report(config, ranks), flush=True)
-        sys.exit(not all(f.same for rank in ranks for f in rank.values()))
+        sys.exit(not all_same(ranks))
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(simple.run_main(main))
