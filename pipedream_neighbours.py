@@ -6,11 +6,10 @@
     python pipedream_neighbours.py --sweep               who sends least, at which sizes: a picture
 
 The same network, batches and optimizer, trained by one process and then by several, in the seven
-ways of pipedream_ways.py (read that first), on PyTorch's own engines.
-
-Each must end on the weights of one process, PipeDream on those of its recurrence. All numbers are
-float64, so that only rounding is left; in float32 half as many bytes would be sent and held. The
-"GPUs" are processes on the CPU, and gloo carries their messages.
+ways of pipedream_ways.py (read that first), on PyTorch's own engines. Each must end on the weights
+of one process, PipeDream on those of its recurrence. All numbers are float64, so that only rounding
+is left; in float32 half as many bytes would be sent and held. The "GPUs" are processes on the CPU,
+and gloo carries their messages.
 """
 
 import contextlib
@@ -49,20 +48,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pipedream_distributed as distributed
-import pipedream_lab as lab
 import pipedream_simple as simple
-from pipedream_simple import NUM_HEADS, UserError, Weights, format_per_gpu, format_table, shown
-from pipedream_ways import (
-    JOBS,
-    OPTIMIZERS,
-    Batch,
-    Job,
-    lab_config,
-    make_network,
-    one_process,
-    recurrence,
-    with_blocks,
-)
+import pipedream_ways as ways
+from pipedream_simple import UserError, Weights, format_per_gpu, format_table
+from pipedream_ways import JOBS, OPTIMIZERS, Batch, Job, make_batches, make_network
 
 CONFIG = {
     "gpus": 4,  # processes: 2 or 4 for the transformer, which has 4 heads
@@ -126,7 +115,10 @@ class Meter(TorchDispatchMode):
 
     def note(self, kind: str, things: list) -> None:
         alive = self.alive[kind]
-        alive.update(storage_of(t) for t in tree_leaves(things) if isinstance(t, Tensor))
+        tensors = [thing for thing in tree_leaves(things) if isinstance(thing, Tensor)]
+        with torch.no_grad():
+            local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        alive.update(map(Tensor.untyped_storage, local))
         held = alive - self.alive["weights"] if kind == "activations" else alive
         self.peak[kind] = max(self.peak[kind], sum(storage.nbytes() for storage in held))
 
@@ -146,11 +138,6 @@ class Meter(TorchDispatchMode):
             yield
         for hook in hooks:
             hook.remove()
-
-
-def storage_of(tensor: Tensor) -> torch.UntypedStorage:
-    with torch.no_grad() if isinstance(tensor, DTensor) else contextlib.nullcontext():
-        return getattr(tensor, "to_local", lambda: tensor)().untyped_storage()
 
 
 def bytes_on_the_wire() -> int:
@@ -206,16 +193,16 @@ def measure(job: Job, batches: list[Batch], repeats: int = 3) -> tuple[Weights, 
 
 def run_all(config: dict) -> list[dict[str, Figures]]:
     """Train in all ways, one after the other. On rank 0: of each rank, what it measured."""
-    batches, figures, alone = make_batches(config), dict[str, Figures](), [Weights(), Weights()]
+    batches, figures, alone = make_batches(config), {}, [Weights(), Weights()]
     if dist.get_rank() == 0:
-        final, figures["one process"] = measure(one_process(config), batches)
-        alone = [final, recurrence(config, batches)]
+        final, figures["one process"] = measure(ways.one_process(config), batches)
+        alone = [final, ways.recurrence(config, batches)]
     dist.broadcast_object_list(alone)  # the others wait: one process has the machine to itself
-    true, delayed = alone
+    true, delayed = alone[0], alone[1]
     network = make_network(config)
     moved = distributed.difference(dict(network.named_parameters()), true)
     network.load_state_dict(true)
-    pairs = dict(with_blocks(network).named_parameters())
+    pairs: Weights = dict(ways.with_blocks(network).named_parameters())
     for name, start in JOBS.items():
         if name == "tensor parallel" and config["network"] == "residual":
             continue
@@ -231,10 +218,6 @@ def say(what: str) -> None:
     if dist.get_rank() == 0:
         with contextlib.suppress(BrokenPipeError):  # | head: go on, the other ranks wait
             print(end=f"{what} ... ", flush=True)
-
-
-def make_batches(config: dict) -> list[Batch]:
-    return [(x.double(), y) for x, y in simple.make_batches({**config, "seed": 0})]
 
 
 # ------------------------------------------------------------------------------------- papers
@@ -263,7 +246,7 @@ def papers(config: dict, activations: float = 0) -> dict[str, dict[str, list[flo
     }
     of_gpus = {name: [[number] * num_gpus for number in row] for name, row in rows.items()}
     after = [num_gpus - 1 - stage for stage in range(num_gpus)]  # stages that follow
-    versions = [1 + math.ceil(number / num_microbatches) for number in after]
+    versions = (1 + math.ceil(number / num_microbatches) for number in after)
     neighbors = [cut * ((number > 0) + (number < num_gpus - 1)) for number in after]
     state = [states * weights for weights in stages]
     flying = [min(number + 1, num_microbatches) / num_microbatches * part for number in after]
@@ -279,7 +262,9 @@ TOLERANCE = 0.05
 PADS = "FSDP2 pads what does not split evenly: the head has 10 rows"
 ALSO = "FSDP2 has its shard, and beside it the layers that are whole at that moment"
 ENDS = "stages differ: one embeds, one has the head and the loss"
-REASONS = {  # why PyTorch differs from the papers, where that is known
+UNKNOWN = "for a reason that is not known here"
+REASONS: dict[str, dict[str, str]] = {  # why PyTorch differs from the papers, where that is known
+    "data parallel": {},
     "ZeRO stage 1": {
         "sent": "gradients are all-reduced, as in DDP, where the paper reduce-scatters them",
         "optimizer": "whole parameters are dealt out, not equal shares",
@@ -315,25 +300,22 @@ def kib(values: list) -> str:
     return each([f"{value / 1024:,.0f}" for value in values])
 
 
-def all_same(ranks: list[dict[str, Figures]]) -> bool:
-    return all(figures.same for rank in ranks for figures in rank.values())
-
-
-def format_report(config: dict, ranks: list[dict[str, Figures]]) -> str:
+def print_report(config: dict, ranks: list[dict[str, Figures]]) -> bool:
+    """The three tables; do all end on the weights that they should?"""
     one, reasons = ranks[0]["one process"], list[str]()
     formulas = papers(config, one.peak["activations"])
     sent = [["", "messages", "handed over", "sent", "papers"]]
     held = [["", *KINDS], ["one process", *(kib([one.peak[kind]]) for kind in KINDS)]]
-    took = [["", "ms", "on the wire", "difference"], ["one process", f"{1000 * one.seconds:.0f}"]]
-    took[1] += ["", ""]
+    took = [["", "ms", "on the wire", "difference"]]
+    took.append(["one process", f"{1000 * one.seconds:.0f}", "", ""])
     for name in ranks[-1]:
         figures = [rank[name] for rank in ranks]
         measured: dict[str, list] = {kind: [f.peak[kind] for f in figures] for kind in KINDS}
         measured["sent"] = [f.sent(len(ranks)) for f in figures]
-        says = {}
-        for kind in ("sent", *KINDS):
-            reason = REASONS.get(name, {}).get(kind, "for a reason that is not known here")
-            says[kind] = verdict(reason, measured[kind], formulas[name][kind], reasons)
+        says = {
+            kind: verdict(REASONS[name].get(kind, UNKNOWN), measured[kind], formula, reasons)
+            for kind, formula in formulas[name].items()
+        }
         # int: the engine of PipeDream also says hello, once in the run, with a byte
         parts = [f"{each([int(f.messages[k]) for f in figures])} {k}" for k in figures[0].messages]
         handed = kib([sum(f.handed.values()) for f in figures])
@@ -343,17 +325,15 @@ def format_report(config: dict, ranks: list[dict[str, Figures]]) -> str:
         seconds, off = max(f.seconds for f in figures), max(f.off for f in figures)
         took.append([name, f"{1000 * seconds:.0f}", kib([f.wire for f in figures]), f"{off:.1e}"])
     notes = [f"   ({number}) {reason}" for number, reason in enumerate(reasons, start=1)]
-    text = REPORT.format(
-        *("\n".join(lines) for lines in map(format_table, (sent, held))),
-        *["\n".join(lines) for lines in (notes, format_table(took))],
-    )
-    end = "✅ ALL END" if all_same(ranks) else "❌ NOT ALL END"
-    return f"{text}\n{end} ON THE WEIGHTS OF ONE PROCESS, PipeDream ON THOSE OF ITS RECURRENCE"
+    tables = ("\n".join(lines) for lines in (*map(format_table, (sent, held, took)), notes))
+    same = all(figures.same for rank in ranks for figures in rank.values())
+    print(REPORT.format(*tables, "✅ ALL" if same else "❌ NOT ALL"), flush=True)
+    return same
 
 
 REPORT = """
 📊 WHAT A GPU SENDS, KiB per step
-{}
+{0}
    Several numbers: GPU by GPU. handed over: the tensors of the collectives that
    ran. sent: what a GPU of G sends of them in a ring: 2(G-1)/G of an all-reduce,
    (G-1)/G of the others, all of a send. papers: an all-reduce of the weights, 1.5
@@ -361,15 +341,16 @@ REPORT = """
    activations of a cut and their gradients.
 
 📊 WHAT A GPU HOLDS, KiB at the peak of each
-{}
-{}
+{1}
+{3}
 
 📊 A STEP: ms, KiB ON THE WIRE, AND THE LARGEST DIFFERENCE OF A WEIGHT
-{}
+{2}
    on the wire: counted by the kernel, at the sockets. gloo's all-reduce is a ring,
    its reduce-scatter a whole all-reduce, its broadcast a tree. Times are those of
    processes that share cores, not of GPUs.
-"""
+
+{4} END ON THE WEIGHTS OF ONE PROCESS, PipeDream ON THOSE OF ITS RECURRENCE"""
 
 # -------------------------------------------------------------------------------------- sweep
 
@@ -416,11 +397,12 @@ def draw_sweep(config: dict, ranks: list[dict[tuple, float]]):
             marks = [max(rank[key, value, name] for rank in ranks) / 2**20 for value in values]
             axes.plot(values, line, color=color, lw=1)
             axes.plot(values, marks, marker, color=color, label=name)
+        fixed_text = " and ".join(f"{name} {number}" for name, number in fixed.items())
         axes.set(xscale="log", yscale="log", ylabel="MiB sent per step")
+        axes.set_xlabel(f"{key} (with {fixed_text})")
         axes.set_xticks(values, map(str, values))
         axes.minorticks_off()
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel(f"{key} (with {', '.join(f'{k} {v}' for k, v in fixed.items())})")
         axes.spines[["left", "bottom"]].set_visible(True)
     figure.legend(handles=visual.labelled(axes), loc="lower center", ncols=4, frameon=False)
     return figure
@@ -429,38 +411,17 @@ def draw_sweep(config: dict, ranks: list[dict[tuple, float]]):
 # --------------------------------------------------------------------------------------- main
 
 
-def check(config: dict) -> None:
-    """Raise a UserError for the first setting with which some way to train cannot be."""
-    rules = {"gpus": (int, 2, 16), "optimizer": (str,), "timeout": (float, 1, 86_400)}
-    for key, value in config.items():
-        simple.check_value(key, value, {**simple.RULES, **rules}[key])
-    gpus, microbatches = config["gpus"], config["num_microbatches"]
-    if config["optimizer"] not in OPTIMIZERS:
-        known = ", ".join(OPTIMIZERS)
-        raise UserError(f"optimizer={shown(config['optimizer'])} must be one of {known}")
-    lab.check_lab_config(lab_config(config))
-    if config["network"] == "transformer" and NUM_HEADS % gpus:
-        raise UserError(f"gpus={gpus} must be 2 or 4: the transformer has {NUM_HEADS} heads")
-    if config["batch_size"] % gpus:
-        raise UserError(f"batch_size={config['batch_size']} must be a multiple of gpus={gpus}")
-    if microbatches < gpus:
-        why = "or PyTorch's Schedule1F1B cannot run"
-        raise UserError(f"num_microbatches={microbatches} must be at least gpus={gpus}, {why}")
-    if "RANK" in os.environ and "PIPEDREAM_LAUNCHED" not in os.environ:
-        raise UserError(
-            "RANK is set, but this starts its processes itself: try it without torchrun"
-        )
-
-
 def main() -> None:
     block = re.search(r"\nCONFIG = \{.*?\n\}", Path(__file__).read_text("utf-8"), re.S)
     doc = f"{__doc__}\nEvery key of CONFIG is also a flag: --gpus 2.\n{block[0] if block else ''}"
     sweep: dict = {"action": "store_true", "help": "draw neighbours.png"}
     out = {"type": Path, "metavar": "DIR", "help": "folder for the picture (default: .)"}
     other: dict[str, dict] = {"--sweep": sweep, "--out": out}
-    config, flags = simple.parse_config(doc, config=CONFIG, check=check, other=other)
+    config, flags = simple.parse_config(doc, config=CONFIG, check=ways.check, other=other)
     if "sweep" in flags and config["network"] != "transformer":
         raise UserError("--sweep needs --network transformer: tensor parallelism splits its layers")
+    if "RANK" in os.environ and "PIPEDREAM_LAUNCHED" not in os.environ:
+        raise UserError("RANK is set, but this starts its own processes: try it without torchrun")
     distributed.check_engine()
     if "RANK" not in os.environ:
         sys.exit(distributed.launch(config["gpus"], config["timeout"]))
@@ -479,8 +440,7 @@ def main() -> None:
             save({path: draw_sweep(config, ranks).savefig})
         print(f"\n{path}")
     elif ranks:
-        print(format_report(config, ranks), flush=True)
-        sys.exit(not all_same(ranks))
+        sys.exit(not print_report(config, ranks))
 
 
 if __name__ == "__main__":

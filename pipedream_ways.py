@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pipedream_distributed as distributed
 import pipedream_lab as lab
 import pipedream_simple as simple
-from pipedream_simple import NUM_HEADS, Weights
+from pipedream_simple import NUM_HEADS, UserError, Weights, shown
 
 OPTIMIZERS: dict[str, tuple] = {  # -> (class, settings, numbers of state per weight)
     "sgd": (optim.SGD, {}, 0),
@@ -50,6 +50,10 @@ class Job(NamedTuple):
 
 def make_network(config: dict) -> nn.Sequential:
     return nn.Sequential(*simple.build_stages({**config, "num_stages": config["gpus"], "seed": 0}))
+
+
+def make_batches(config: dict) -> list[Batch]:
+    return [(x.double(), y) for x, y in simple.make_batches({**config, "seed": 0})]
 
 
 def make_optimizer(config: dict, parameters: Iterable[Tensor]) -> optim.Optimizer:
@@ -265,3 +269,21 @@ JOBS: dict[str, Callable[[dict], Job]] = {
     "pipeline 1F1B": pipeline_1f1b,
     "PipeDream": pipedream,
 }
+
+
+def check(config: dict) -> None:
+    """Raise a UserError for the first setting with which some way to train cannot be."""
+    rules = {"gpus": (int, 2, 16), "optimizer": (str,), "timeout": (float, 1, 86_400)}
+    for key, value in config.items():
+        simple.check_value(key, value, {**simple.RULES, **rules}[key])
+    gpus, microbatches, known = config["gpus"], config["num_microbatches"], ", ".join(OPTIMIZERS)
+    if config["optimizer"] not in OPTIMIZERS:
+        raise UserError(f"optimizer={shown(config['optimizer'])} must be one of {known}")
+    lab.check_lab_config(lab_config(config))
+    if config["network"] == "transformer" and NUM_HEADS % gpus:
+        raise UserError(f"gpus={gpus} must be 2 or 4: the transformer has {NUM_HEADS} heads")
+    if config["batch_size"] % gpus:
+        raise UserError(f"batch_size={config['batch_size']} must be a multiple of gpus={gpus}")
+    if microbatches < gpus:
+        why = "or PyTorch's Schedule1F1B cannot run"
+        raise UserError(f"num_microbatches={microbatches} must be at least gpus={gpus}, {why}")

@@ -18,9 +18,9 @@ from torch.nn.functional import cross_entropy
 
 import pipedream_simple as simple
 import pipedream_ways
-from pipedream_neighbours import CONFIG, main, make_batches, verdict
+from pipedream_neighbours import CONFIG, main, verdict
 from pipedream_simple import NUM_HEADS, run_main
-from pipedream_ways import JOBS, make_network, recurrence, with_blocks
+from pipedream_ways import JOBS, make_batches, make_network, recurrence, with_blocks
 
 TEMPLATE = "torchrun --nproc-per-node 2 examples/my_model.py"
 
