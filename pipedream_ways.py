@@ -66,7 +66,7 @@ def whole(batch: Tensor) -> Tensor:
 
 
 def my_part(batch: Tensor) -> Tensor:
-    return batch.chunk(dist.get_world_size())[dist.get_rank()]
+    return batch.chunk(dist.get_world_size())[dist.get_rank()].clone()  # no view of the rest
 
 
 def ordinary(module: nn.Module, optimizer: Any, part=my_part, prefix: str = "") -> Job:
