@@ -39,9 +39,10 @@ import tempfile
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, NamedTuple, NoReturn
+from typing import IO, NamedTuple, NoReturn, TypeVar
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
@@ -80,6 +81,8 @@ from pipedream_simple import (
     schedule_name,
     simulate,
 )
+
+T = TypeVar("T")
 
 # -------------------------------------------------------------------------------------- stage
 
@@ -186,24 +189,30 @@ class VersionedStage(PipelineStage):
                     self.gradient[name] = gradient if known is None else known.add_(gradient)
         return left_on.pop() if len(left_on) == 1 else -1
 
-    @torch.no_grad()
     def update(self, chunk: int) -> None:
-        """W(v+1) = W(v) - learning_rate * (all gradients of the batch). Drop unneeded versions.
-
-        With momentum the step is u = momentum * u + gradients.
-        """
-        newest, momentum = max(self.versions), self.plan.config["momentum"]
-        self.submod = copy.deepcopy(self.versions[newest])
-        for name, w in self.submod.named_parameters():
-            step = self.gradient.pop(name)
-            if momentum:
-                step = self.velocity[name] = step + momentum * self.velocity.get(name, 0)
-            w.sub_(step, alpha=self.plan.config["learning_rate"])
+        """Make the next version, and drop those that nothing needs any more."""
+        newest = max(self.versions)
+        self.submod = self.next_version()
         self.num_backwards = 0
         del self.pins[(self.first_microbatch + chunk) // self.num_microbatches]
         kept = {v: module for v, module in self.versions.items() if v in self.pins.values()}
         self.versions = {**kept, newest + 1: self.submod}
         self.note("U", chunk, newest)
+
+    @torch.no_grad()
+    def next_version(self) -> nn.Module:
+        """W(v+1) = W(v) - learning_rate * (all gradients of the batch).
+
+        With momentum the step is u = momentum * u + gradients.
+        """
+        module = copy.deepcopy(self.versions[max(self.versions)])
+        momentum = self.plan.config["momentum"]
+        for name, w in module.named_parameters():
+            step = self.gradient.pop(name)
+            if momentum:
+                step = self.velocity[name] = step + momentum * self.velocity.get(name, 0)
+            w.sub_(step, alpha=self.plan.config["learning_rate"])
+        return module
 
     def note(self, kind: str, chunk: int, version: int) -> None:
         """Write down an op, and count the versions that are in memory now, whoever holds them."""
@@ -330,7 +339,7 @@ def given_pins(plan: Plan) -> dict[int, int]:
     return {op.microbatch // plan.config["num_microbatches"]: op.version for op in forwards}
 
 
-def gather(report: Report) -> list[Report]:
+def gather(report: T) -> list[T]:
     """The reports of all ranks on rank 0, an empty list on the others."""
     reports = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(report, reports)
@@ -466,7 +475,6 @@ def num_cores() -> int:
 # for another one gives up after two thirds of --timeout; one that has not given up when it is over
 # is to blame. A rank that is stopped (SIGSTOP) while no other waits for it has --timeout, too.
 
-SCRIPT = Path(__file__).name
 LOST = 3  # exit status of a rank that waited in vain for another one
 LOST_WORDS = re.compile("gloo|NCCL|timed? ?out|connection|socket|port must", re.IGNORECASE)
 MAX_PROCESSES = 16  # that this program starts by itself
@@ -474,7 +482,7 @@ POLL = 0.05  # seconds
 
 
 def launch(num_ranks: int, timeout: float) -> int:
-    """Start this file again in so many processes, and wait for their end. Returns exit status."""
+    """Start this program again in so many processes, and wait for them. Returns exit status."""
     if num_ranks > MAX_PROCESSES:
         what = f"{num_ranks} processes are more than the {MAX_PROCESSES} that this starts by itself"
         raise UserError(f"{what}: try torchrun --nproc-per-node {num_ranks}")
@@ -489,7 +497,7 @@ def launch(num_ranks: int, timeout: float) -> int:
         environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
         for rank in range(num_ranks):
             environment |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
-            command = [sys.executable, __file__, *sys.argv[1:]]
+            command = [sys.executable, *sys.argv]
             pipe = subprocess.PIPE  # it closes when this process ends, however it ends
             files.append(tempfile.TemporaryFile("w+", errors="replace"))  # noqa: SIM115
             ranks.append(subprocess.Popen(command, env=environment, stdin=pipe, stderr=files[-1]))
@@ -537,7 +545,7 @@ def explain(statuses: list[int], said: list[str], silent: list[int], timeout: fl
     if silent:
         names = " and ".join(f"rank {rank}" for rank in silent)
         why = f"did not answer within --timeout {timeout:g} s: stopped, stuck or slow"
-        return [f"{SCRIPT}: {names} {why}\n"]
+        return [f"{program()}: {names} {why}\n"]
     own = [rank for rank, status in enumerate(statuses) if status not in (None, 0, LOST)]
     lost = [rank for rank, status in enumerate(statuses) if status == LOST][:1]
     # Ranks that failed by themselves come first: the others only lost those.
@@ -545,8 +553,39 @@ def explain(statuses: list[int], said: list[str], silent: list[int], timeout: fl
     for rank in own:
         if statuses[rank] < 0:
             name = signal.Signals(-statuses[rank]).name
-            lines.append(f"{SCRIPT}: rank {rank} was ended by {name}\n")
+            lines.append(f"{program()}: rank {rank} was ended by {name}\n")
     return [*dict.fromkeys(lines)]  # each only once
+
+
+def program() -> str:
+    """The name of the running script, which begins every line on stderr."""
+    return Path(sys.argv[0]).name
+
+
+def in_group(work: Callable[[], T], backend: str, timeout: float) -> T:
+    """What work() returns, done by a rank among the others: from the first handshake to the end."""
+    alarm = threading.Timer(timeout, lose, ["no answer at MASTER_ADDR:MASTER_PORT"])
+    alarm.daemon = True
+    alarm.start()  # a server that is no store may never answer
+    try:
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout * 2 / 3))
+        finally:
+            alarm.cancel()
+        result = work()
+        dist.destroy_process_group()  # the other ranks have nothing more to do, and leave
+    except (RuntimeError, ValueError) as error:
+        if LOST_WORDS.search(str(error)):
+            lose(str(error))
+        raise
+    return result
+
+
+def lose(error: str) -> NoReturn:
+    """Say that this rank waits for others in vain, and end it, whatever its threads wait for."""
+    print(f"{program()}: lost the other ranks:", *error.split(), file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(LOST)
 
 
 # --------------------------------------------------------------------------------------- main
@@ -620,35 +659,18 @@ Schedule: {plan.name} ({keeps})
 
 def run_process(plan: Plan, device: torch.device, config: dict) -> bool:
     """One process of many, from the first handshake to the end; does the proof hold?"""
-    alarm = threading.Timer(config["timeout"], lose, ["no answer at MASTER_ADDR:MASTER_PORT"])
-    alarm.daemon = True
-    alarm.start()  # a server that is no store may never answer
-    try:
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        patience = timedelta(seconds=config["timeout"] * 2 / 3)
-        try:
-            dist.init_process_group(backend, timeout=patience)
-        finally:
-            alarm.cancel()
-        first = dist.get_rank() == 0
-        if first:
+    messages: list[float] = []
+
+    def work() -> list[Report]:
+        if dist.get_rank() == 0:
             with contextlib.suppress(BrokenPipeError):  # | head: go on, the other ranks wait
                 print(format_start(plan, device), flush=True)
-        message = time_message(plan, device)
-        reports = gather(run_rank(plan, device, num_runs=1 + config["repeats"]))
-        dist.destroy_process_group()  # the other ranks have nothing more to do, and leave
-    except (RuntimeError, ValueError) as error:
-        if LOST_WORDS.search(str(error)):
-            lose(str(error))
-        raise
-    return not first or print_results(reports, plan, device, message)
+        messages.append(time_message(plan, device))
+        return gather(run_rank(plan, device, num_runs=1 + config["repeats"]))
 
-
-def lose(error: str) -> NoReturn:
-    """Say that this rank waits for others in vain, and end it, whatever its threads wait for."""
-    print(f"{SCRIPT}: lost the other ranks:", *error.split(), file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(LOST)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    reports = in_group(work, backend, config["timeout"])
+    return not reports or print_results(reports, plan, device, *messages)  # rank 0 has them
 
 
 def print_results(reports: list[Report], plan: Plan, device: torch.device, message: float) -> bool:

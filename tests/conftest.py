@@ -6,8 +6,8 @@ import torch
 # The matrices are small: a second thread brings nothing, and costs a lot on a busy machine.
 torch.set_num_threads(1)
 
-# pipedream_distributed.py needs torch 2.13, and so do the names in tests/pytorch.py.
-NEED_2_13 = ("test_distributed", "pytorch", "[README.md]", "command")
+# What starts processes needs torch 2.13, and so do the names in tests/pytorch.py.
+NEED_2_13 = ("test_distributed", "test_neighbours", "pytorch", "[README.md]", "command")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""The program of real processes, started as a reader starts it."""
+"""The programs of real processes, started as a reader starts them."""
 
 import functools
 import subprocess
@@ -10,7 +10,7 @@ SCRIPT = str(ROOT / "pipedream_distributed.py")
 
 
 @functools.cache
-def launch(*flags):
+def launch(*flags, script="pipedream_distributed.py"):
     """What it does with these flags: started once, as starting it takes seconds."""
-    command = [sys.executable, SCRIPT, *flags]
+    command = [sys.executable, str(ROOT / script), *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)

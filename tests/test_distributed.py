@@ -540,13 +540,12 @@ def fake(tmp_path, monkeypatch, capfd):
     """What launch() returns and writes to stderr when the ranks run these pieces of code."""
     path = tmp_path / "pipedream_distributed.py"
     path.write_text(FAKE_RANK)
-    monkeypatch.setattr(pipedream_distributed, "__file__", str(path))
 
     def too_late(*_):
         raise TimeoutError
 
     def run(*codes, timeout=1.5):
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *codes])
+        monkeypatch.setattr(sys, "argv", [str(path), *codes])
         signal.alarm(20)
         status = pipedream_distributed.launch(len(codes), timeout)
         return status, capfd.readouterr().err.replace("pipedream_distributed.py: ", "")
@@ -611,6 +610,7 @@ def test_a_launcher_without_room_for_files_says_so(monkeypatch, capsys):
 def test_a_rank_blames_itself_for_its_own_error_and_others_for_a_lost_connection(
     monkeypatch, capsys
 ):
+    monkeypatch.setattr(sys, "argv", [SCRIPT])
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr(os, "_exit", sys.exit)

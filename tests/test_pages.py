@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import test_planner
 from launch import launch
+from test_neighbours import TEMPLATE
 
 import pipedream_distributed
 import pipedream_lab
@@ -52,6 +53,7 @@ SCRIPTS = {
     "pipedream_page.py": pipedream_page.main,
     "pipedream_planner.py": pipedream_planner.main,
     "pipedream_distributed.py": None,
+    "pipedream_neighbours.py": None,
 }
 
 
@@ -71,8 +73,8 @@ def commands(page):
 def output_of(command):
     """What a command of ours prints, run in this process and in an empty folder."""
     script, *flags = command.removeprefix("python ").split()
-    if script == "pipedream_distributed.py":  # it starts processes of its own
-        done = launch(*flags)
+    if SCRIPTS[script] is None:  # it starts processes of its own
+        done = launch(*flags, script=script)
         assert done.returncode == 0
         return done.stdout
     out, argv, folder = io.StringIO(), sys.argv, os.getcwd()
@@ -137,6 +139,8 @@ def test_every_command_is_one_that_works(page):
             assert output_of(command)
         elif command.startswith("pip install -r "):
             assert (ROOT / command.split()[-1]).exists()  # CI runs it
+        elif command.startswith("torchrun "):
+            assert command == TEMPLATE  # test_neighbours.py runs it
         else:
             assert command in ("python -m pytest", "pip install torch matplotlib numpy")
     for script in re.findall(r"python[ \n]((?:tests/)?\w+\.py)", PAGES[page]):
@@ -192,7 +196,7 @@ def test_every_flag_that_a_page_shows_exists_and_is_accepted(page):
     for flags in shown:
         if flags == "--timeout":
             assert '"timeout"' in (ROOT / "pipedream_distributed.py").read_text("utf-8")
-        elif flags.split()[0] not in ("--out", "--animate"):  # pipedream_visual.py's own
+        elif flags.split()[0] not in ("--out", "--animate", "--sweep"):  # not CONFIG's
             check_config(config_of(flags))
 
 
