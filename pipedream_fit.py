@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from pipedream_lab import LAB_CONFIG, make_plan
 from pipedream_simple import (
+    Op,
     Schedule,
     UserError,
     check_value,
@@ -20,7 +21,6 @@ from pipedream_simple import (
     format_table,
     makespan,
     parse_config,
-    peak_in_flight,
     peak_versions,
     run_main,
     shown,
@@ -63,6 +63,9 @@ def check_fit(config: dict) -> None:
     for key, divisor in (("hidden_size", "heads"), ("heads", "kv_heads")):
         if net[key] % net[divisor]:
             raise UserError(f"{key}={net[key]} must be a multiple of {divisor}={net[divisor]}")
+    if net["gpus"] * net["num_microbatches"] > 16_384:
+        sizes = f"gpus={net['gpus']} * num_microbatches={net['num_microbatches']}"
+        raise UserError(f"{sizes} must be at most 16,384")
     if net["layers"] < net["gpus"]:
         raise UserError(f"layers={net['layers']} cannot be cut into gpus={net['gpus']} stages")
 
@@ -93,27 +96,60 @@ def count_activations(h: int, heads: int, kv_heads: int, ffn: int, mlp: int = 4)
     return 6 * h + 2 * (h // heads) * kv_heads + mlp * ffn + 4 + heads
 
 
-def memory_of(net: dict, stage: int, versions: int, in_flight: int, recompute: bool) -> list[float]:
-    """Bytes on a stage's GPU: weights, gradients, optimizer, stashed weights, activations."""
+def layers_of(net: dict, stage: int) -> int:
+    """As even as possible; where it is not, the first stages have one more."""
+    return net["layers"] // net["gpus"] + (stage < net["layers"] % net["gpus"])
+
+
+def microbatches_held(row: list[Op], recompute: bool) -> Iterator[tuple[int, int]]:
+    """During each op of a row: microbatches of which the input is kept, and all activations.
+
+    Without recompute a microbatch has all of them from its F to its B, or its W. With recompute
+    only its input, until its B or I runs the forward again.
+    """
+    inputs = whole = 0
+    for op in row:
+        if op.kind == "F":
+            inputs, whole = inputs + recompute, whole + (not recompute)
+        elif recompute and op.kind in ("B", "I"):
+            inputs, whole = inputs - 1, whole + 1
+        yield inputs, whole
+        whole -= op.kind in ("B", "W")
+
+
+def memory_of(net: dict, stage: int, versions: int, inputs: int, whole: int) -> list[float]:
+    """Bytes on a stage's GPU: weights, gradients, optimizer, stashed weights, activations.
+
+    inputs and whole: microbatches of which it keeps the input, and all activations.
+    """
     last, tokens = net["gpus"] - 1, net["microbatch_size"] * net["sequence"]
-    layers = net["layers"] // net["gpus"] + (stage < net["layers"] % net["gpus"])
     of_layer, embedding = count_parameters(net)
-    parameters = layers * of_layer + embedding * ((stage == 0) + (stage == last))
-    parameters += net["hidden_size"] * (stage == last)
+    parameters = layers_of(net, stage) * of_layer
+    parameters += embedding * ((stage == 0) + (stage == last)) + net["hidden_size"] * (
+        stage == last
+    )
     size, fp32_copy = PRECISION[net["precision"]]
     sizes = [net[key] for key in ("hidden_size", "heads", "kv_heads", "ffn")]
-    kept = layers * tokens * count_activations(*sizes)
+    of_token = count_activations(*sizes)
     if not net["flash_attention"]:  # the softmax; same section
-        kept += layers * tokens * net["sequence"] * net["heads"]
-    numbers = in_flight * tokens * net["hidden_size"] + kept if recompute else in_flight * kept
-    logits = 4 * tokens * net["vocabulary"] * (stage == last)  # fp32, of one microbatch
+        of_token += net["sequence"] * net["heads"]
+    kept = size * layers_of(net, stage) * tokens * of_token
+    kept += 4 * tokens * net["vocabulary"] * (stage == last)  # for the loss, in fp32
+    activations = inputs * size * tokens * net["hidden_size"] + whole * kept
     per_parameter = size, size, fp32_copy + OPTIMIZER[net["optimizer"]], size * (versions - 1)
-    return [*(parameters * each for each in per_parameter), size * numbers + logits]
+    return [*(parameters * each for each in per_parameter), activations]
 
 
 def ways_to_run(net: dict) -> Iterator[tuple[str, Schedule, bool, float]]:
-    """Name, rows, recompute, and the time of a batch in forwards of a stage, backward = 2."""
+    """Name, rows, recompute, and the time of a batch: 1 with no idle GPU and no recompute.
+
+    A stage takes time for its layers' weights, the last one also for the head's; a backward takes
+    twice as long as a forward.
+    """
     gpus, number = net["gpus"], net["num_microbatches"]
+    of_layer, head = count_parameters(net)
+    work = [layers_of(net, stage) * of_layer + head * (stage == gpus - 1) for stage in range(gpus)]
+    forward = [each * gpus / sum(work) for each in work]
     flush = {"num_stages": gpus, "num_microbatches": number, "batch_size": number, "num_batches": 1}
     two_versions = {**flush, "num_batches": 3, "vertical_sync": True}
     paper = {**flush, "num_microbatches": 1, "batch_size": 1, "num_batches": 2 * gpus}
@@ -127,11 +163,12 @@ def ways_to_run(net: dict) -> Iterator[tuple[str, Schedule, bool, float]]:
         if settings is two_versions and number < gpus:
             continue  # 2BW needs as many (ICML 2021, section 3.1)
         for recompute in (False, True):
-            config = {**LAB_CONFIG, **settings, "schedule": schedule, "recompute": recompute}
-            plan = make_plan({**config, "backward_time": 2})
-            time = makespan(plan.events)
-            if schedule == "pipedream":  # once the pipeline is full, no GPU is idle
-                time = number * (4 if recompute else 3)
+            times = {"forward_time": forward, "backward_time": [2 * time for time in forward]}
+            settings = {**settings, "schedule": schedule, "recompute": recompute}
+            plan = make_plan({**LAB_CONFIG, **settings, **times})
+            time = makespan(plan.events) / (3 * number)
+            if schedule == "pipedream":  # once the pipeline is full, its slowest GPU is never idle
+                time = max(forward) * (4 if recompute else 3) / 3
             yield name + ", recompute" * recompute, plan.schedule, recompute, time
 
 
@@ -141,23 +178,23 @@ PARTS = ["weights", "grads", "optim.", "stash", "activ."]
 def fit(config: dict) -> None:
     """Does a transformer fit on these GPUs? With which schedule, and how fast is it?
 
-    A stage per GPU, weights in one precision, activations as in Korthikanti et al. 2022. The keys,
-    each also a flag (a number that is not given is the model's):
+    One stage per GPU; activations as in Korthikanti et al. 2022. Each key below is a flag; sizes
+    default to the model's.
     """
     net = complete(config)
     of_layer, embedding = count_parameters(net)
     parameters = net["layers"] * of_layer + 2 * embedding + net["hidden_size"]
-    ideal, ways, rows = 3 * net["num_microbatches"], {}, [["", *PARTS, "in all", "time"]]
-    for name, schedule, recompute, length in ways_to_run(net):
-        peaks = zip(peak_versions(schedule), peak_in_flight(schedule), strict=True)
-        ways[name] = (
-            [memory_of(net, gpu, *peak, recompute) for gpu, peak in enumerate(peaks)],
-            length,
-        )
-        fullest = max(ways[name][0], key=sum)
+    ways: dict[str, tuple[list[list[float]], float]] = {}
+    rows = [["", *PARTS, "in all", "time"]]
+    for name, schedule, recompute, time in ways_to_run(net):
+        gpus = []
+        for gpu, (row, versions) in enumerate(zip(schedule, peak_versions(schedule), strict=True)):
+            held = {*microbatches_held(row, recompute)}
+            gpus.append(max((memory_of(net, gpu, versions, *pair) for pair in held), key=sum))
+        ways[name], fullest = (gpus, time), max(gpus, key=sum)
         fits = "+" if sum(fullest) <= net["memory"] else " "
         cells = [f"{part / 1e9:.1f}" for part in (*fullest, sum(fullest))]
-        rows.append([f"{fits} {name}", *cells, f"{length / ideal:.2f}"])
+        rows.append([f"{fits} {name}", *cells, f"{time:.2f}"])
     print(
         f"{net['model']}, {parameters / 1e9:.2f} billion parameters, on {count(net['gpus'], 'GPU')}"
         f":\n{count(net['layers'], 'layer')}, {net['precision']}, {net['optimizer']}, "
@@ -171,8 +208,9 @@ def fit(config: dict) -> None:
 
 
 FIT_LEGEND = """\
-   GB on the fullest GPU. +: fits into {:g} GB. time: of a batch, as a multiple of
-   that without idle GPUs or recompute. PipeDream's: once the pipeline is full.
+   GB on the fullest GPU. +: fits into {:g} GB. time: of a batch; 1.00 is equal
+   stages without idle GPUs or recompute. PipeDream's: with a full pipeline. 2019:
+   as in the paper, an update after every microbatch; the others, one per batch.
 """
 
 
@@ -186,7 +224,7 @@ def advise(net: dict, ways: dict[str, tuple[list[list[float]], float]]) -> list[
         text += " divide the optimizer's state among replicas (ZeRO)."
     else:
         best = min(fitting, key=lambda name: (ways[name][1], most[name]))
-        text = f"Take {best}: of what fits it is the fastest"
+        text = f"Use {best}: it is the fastest that fits"
         exact = [name for name in fitting if "pipedream" not in name]
         if "pipedream" in best and exact:
             sgd = min(exact, key=lambda name: (ways[name][1], most[name]))
@@ -196,9 +234,9 @@ def advise(net: dict, ways: dict[str, tuple[list[list[float]], float]]) -> list[
     if net["gpus"] == 1:
         return [text]
     weights, _, optimizer, stash, _ = ways["pipedream 2019"][0][0]
-    versions = round((weights + stash) / weights)
-    stashing = f"On GPU0 PipeDream's {count(versions, 'version')} of 1/{net['gpus']} of the network"
-    stashing += f" take {(weights + stash) / 1e9:.1f} GB, about as much as a whole network."
+    whole = sum(gpu[0] for gpu in ways["pipedream 2019"][0])
+    stashing = f"On GPU0 the weight versions of PipeDream (2019) take {(weights + stash) / 1e9:.1f}"
+    stashing += f" GB; the weights of the whole network take {whole / 1e9:.1f} GB."
     if "pipedream 2BW" in ways:
         second = ways["pipedream 2BW"][0][0][3]
         stashing += f" 2BW adds {second / 1e9:.1f} GB of weights"

@@ -512,7 +512,7 @@ def best_plan(
     """The plan whose slowest stage is fastest; of equally fast ones, one with the fewest stages.
 
     gpus and bandwidths have an entry per level: 8 GPUs in a machine, 2 machines; bytes per second
-    of a GPU's link and of a machine's, each way. straight: one GPU per stage. memory: bytes of a
+    of a GPU's link and of a machine's, both directions together. straight: one GPU per stage. memory: bytes of a
     GPU. A stage may then keep on each GPU
 
         in flight * (weights + activations),  in flight = ceil(GPUs from it on / its replicas)
@@ -585,7 +585,8 @@ PLAN_LEGEND = """\
    Milliseconds per minibatch. A stage takes its computing and its all-reduce,
    or its transfer if that is longer; * is the slowest stage. versions: of the
    weights, one for each minibatch in flight. GB: what each of the stage's GPUs
-   keeps, versions of the weights and activations."""
+   keeps: weight versions and outputs of layers. A real layer keeps several times
+   its output, and gradients and the optimizer's state come on top."""
 
 
 def format_plan(plan: Plan, layers: list[Layer]) -> str:
@@ -661,6 +662,8 @@ def plan(
     try:
         events, seconds = simulate_plan(found, layers)
     except UserError as error:
+        if out:
+            raise UserError(f"no plan.png: {error}") from None
         print(f"Not simulated: {error}")
         return
     promised = max(stage.compute + stage.all_reduce for stage in found.stages)

@@ -59,7 +59,7 @@ CONFIG = {
     "batch_size": 32,  # images in a batch: a multiple of num_microbatches
     "num_batches": 5,  # batches to train on, one weight update each. Try 200
     "learning_rate": 0.15,  # size of an update: the more staleness, the smaller it has to be
-    "momentum": 0,  # 0.9: an update also repeats nine tenths of the one before it
+    "momentum": 0,  # 0.9: also repeats 0.9 of the last update; divide learning_rate by ten
     "seed": 0,  # same seed, same weights and same batches, to the bit
     "device": "auto",  # auto (a GPU if there is one), cpu, cuda, cuda:1 or mps
     "network": "residual",  # or transformer: each image as 64 tokens, attention between them
@@ -1085,7 +1085,7 @@ def format_measures(events: list[Event], runs: Runs, run: Run, audit: Audit) -> 
         lines.append(GRADIENT_ERROR)
     lines.append(f"Test accuracy: {run.test_accuracy:.1%} of the digits that it was not trained on")
     if math.isnan(run.test_accuracy) or not run.losses[-1] < 10 * run.losses[0]:
-        lines.append("The loss diverged: try a smaller learning_rate, or less staleness")
+        lines.append("The loss diverged: try a smaller learning_rate, less momentum or staleness")
     return "\n".join(lines)
 
 
@@ -1295,7 +1295,10 @@ def parse_config(
         check_config(config)  # says so
     source = Path(__file__).read_text("utf-8", "replace")
     block = re.search(r"\nCONFIG = \{.*?\n\}", source, re.S)
-    keys = f"Every key of CONFIG is also a flag: --num_stages 8.\n{block[0] if block else ''}"
+    lines = (block[0] if block else "").splitlines()
+    named = [(re.match(r' +"(\w+)":', line), line) for line in lines]
+    shown_keys = "\n".join(line for key, line in named if not key or key[1] in config)
+    keys = f"Each of these keys is also a flag: --num_batches 8.\n{shown_keys}"
     parser = argparse.ArgumentParser(
         description=doc,
         epilog=keys if "seed" in config else None,

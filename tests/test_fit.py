@@ -19,8 +19,10 @@ from pipedream_fit import (
     count_parameters,
     fit,
     memory_of,
+    microbatches_held,
     ways_to_run,
 )
+from pipedream_lab import LAB_CONFIG, make_plan, train_plan
 from pipedream_simple import CONFIG, NUM_HEADS, UserError, build_stages, peak_versions
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +39,7 @@ def test_parameters_are_those_of_the_published_models(model, published):
     assert net["layers"] * of_layer + 2 * embedding + net["hidden_size"] == published
     for gpus in (1, 2, 8, 32):  # the stages are the network, whatever the cut
         net["gpus"] = gpus
-        weights = [memory_of(net, stage, 1, 0, False)[0] for stage in range(gpus)]
+        weights = [memory_of(net, stage, 1, 0, 0)[0] for stage in range(gpus)]
         assert sum(weights) == 2 * published
 
 
@@ -76,7 +78,7 @@ def test_the_last_stage_also_keeps_what_the_loss_needs():
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         torch.nn.functional.cross_entropy(logits, labels)
     net = complete({**FIT, "sequence": tokens, "vocabulary": vocabulary, "gpus": 4})
-    last, before = (memory_of(net, stage, 1, 1, False)[4] for stage in (3, 2))
+    last, before = (memory_of(net, stage, 1, 0, 1)[4] for stage in (3, 2))
     assert last - before == sum(kept.values()) == 4 * tokens * vocabulary
 
 
@@ -94,7 +96,7 @@ def test_activations_of_a_megatron_layer_are_the_published_34_s_b_h():
     )
     net |= {"sequence": s, "microbatch_size": b}
     with_matrix, without = (
-        memory_of({**net, "flash_attention": flash}, 0, 1, 1, False)[4] for flash in (False, True)
+        memory_of({**net, "flash_attention": flash}, 0, 1, 0, 1)[4] for flash in (False, True)
     )
     assert with_matrix - without == 2 * a * s * s * b
 
@@ -114,7 +116,7 @@ def test_optimizer_state_is_what_pytorch_allocates(name):
     number = sum(w.numel() for w in layer.parameters())
     assert size == OPTIMIZER[name] * number
     net = complete({**FIT, "optimizer": name, "precision": "fp32"})
-    weights, gradients, optimizer_state, *_ = memory_of(net, 1, 1, 1, False)
+    weights, gradients, optimizer_state, *_ = memory_of(net, 1, 1, 0, 1)
     assert optimizer_state / weights == size / (4 * number)
     assert gradients == weights
 
@@ -127,8 +129,10 @@ def ways(**settings):
 
 @pytest.mark.parametrize(("gpus", "number"), [(1, 1), (2, 8), (4, 4), (8, 32), (5, 2)])
 def test_times_are_the_closed_forms(gpus, number):
-    _, found = ways(gpus=gpus, num_microbatches=number)
-    times = {name: time for name, (_, _, time) in found.items()}
+    """With equal stages: as many layers on each, and a head that costs next to nothing."""
+    _, found = ways(gpus=gpus, num_microbatches=number, layers=40, vocabulary=1)
+    times = {name: 3 * number * time for name, (_, _, time) in found.items()}
+    times = {name: round(time, 3) for name, time in times.items()}
     for name in ("gpipe", "1f1b"):
         assert times[name] == 3 * (number + gpus - 1)
         assert times[f"{name}, recompute"] == 4 * (number + gpus - 1)
@@ -140,12 +144,19 @@ def test_times_are_the_closed_forms(gpus, number):
         assert times[f"{name}, recompute"] == 4 * number
 
 
+def test_unequal_stages_take_the_time_of_the_slowest():
+    """31 GPUs for 32 layers: GPU0 has two."""
+    _, found = ways(gpus=31, vocabulary=1)
+    assert found["pipedream 2BW"][2] == pytest.approx(2 * 31 / 32, rel=1e-3)
+    assert found["1f1b"][2] > 2 * 31 / 32
+
+
 def test_stashing_s_versions_of_an_s_th_costs_a_whole_network_and_2bw_one_more():
     """Of layers only: S versions of L / S layers are L layers."""
     net = complete({**FIT, "vocabulary": 1, "gpus": 8})
     of_layer, _ = count_parameters(net)
     _, found = ways(gpus=8)
-    weights, _, _, stash, _ = memory_of(net, 0, 8, 8, False)
+    weights, _, _, stash, _ = memory_of(net, 0, 8, 0, 8)
     assert weights + stash == pytest.approx(2 * net["layers"] * of_layer, rel=1e-4)
     assert peak_versions(found["pipedream 2019"][0]) == [8, 7, 6, 5, 4, 3, 2, 1]
     assert peak_versions(found["pipedream 2BW"][0]) == [2] * 8
@@ -157,9 +168,31 @@ def test_recompute_keeps_inputs_and_one_microbatch():
     tokens, layers = 4096, 8
     whole = 2 * layers * tokens * count_activations(4096, 32, 32, 11_008)
     for in_flight in (1, 4, 32):
-        assert memory_of(net, 1, 1, in_flight, False)[4] == in_flight * whole
-        kept = memory_of(net, 1, 1, in_flight, True)[4]
-        assert kept == whole + in_flight * 2 * tokens * 4096
+        assert memory_of(net, 1, 1, 0, in_flight)[4] == in_flight * whole
+        kept = memory_of(net, 1, 1, in_flight - 1, 1)[4]
+        assert kept == whole + (in_flight - 1) * 2 * tokens * 4096
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "zb-h2", "pipedream"])
+def test_what_is_held_is_what_the_trainer_holds(schedule, recompute):
+    """Counted: graphs that exist, and inputs without one, while a small network trains."""
+    sizes = {"num_stages": 4, "num_microbatches": 6, "batch_size": 6, "num_batches": 1}
+    small = {"hidden_size": 4, "layers_per_stage": 1, "device": "cpu", "backward_time": 2}
+    settings = {"schedule": schedule, "recompute": recompute}
+    plan = make_plan({**LAB_CONFIG, **sizes, **small, **settings})
+    seen = [[] for _ in range(4)]
+
+    def watch(op, worker):
+        flights = worker.in_flight.values()
+        graphs = sum(output is not None for _, output, _ in flights)
+        seen[op.stage].append((len(flights) - graphs, graphs + len(getattr(worker, "kept", ()))))
+
+    train_plan(plan, watch=watch)
+    for row, found in zip(plan.schedule, seen, strict=True):
+        held = {*microbatches_held([op for op in row if op.kind != "U"], recompute)}
+        inputs_and_whole = max(held, key=lambda pair: (pair[1], pair[0]))
+        assert inputs_and_whole == max(found, key=lambda pair: (pair[1], pair[0]))
 
 
 def table(text):
@@ -200,7 +233,7 @@ def test_the_advice_follows_from_the_table(flags, capsys):
         assert f"Nothing fits. {least} needs least, {found[least][1][-2]:.1f} GB" in text
     else:
         best = min(fitting, key=lambda name: (fitting[name][-1], fitting[name][-2]))
-        assert f"Take {best}: of what fits it is the fastest" in text
+        assert f"Use {best}: it is the fastest that fits" in text
 
 
 def test_the_advice_does_not_hide_that_2bw_is_stale():
@@ -222,6 +255,7 @@ def test_the_advice_does_not_hide_that_2bw_is_stale():
         ("--precision fp8", "precision='fp8' must be one of bf16, fp32"),
         ("--memory nan", "memory='nan' must be a number"),
         ("--memory 0", "memory=0 must be a number"),
+        ("--gpus 32 --num_microbatches 1024", "gpus=32 * num_microbatches=1024 must be at most"),
         ("--layers 1.5", "layers=1.5 must be a whole number"),
         ("--model [1]", "model=[1] must be one of"),
         ("--flash_attention 1", "flash_attention=1 must be True or False"),
