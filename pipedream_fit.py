@@ -209,8 +209,8 @@ def fit(config: dict) -> None:
 
 FIT_LEGEND = """\
    GB on the fullest GPU. +: fits into {:g} GB. time: of a batch; 1.00 is equal
-   stages without idle GPUs or recompute. PipeDream's: with a full pipeline. 2019:
-   as in the paper, an update after every microbatch; the others, one per batch.
+   stages without idle GPUs or recompute. PipeDream's: with a full pipeline.
+   2019: as in the paper, it updates after every microbatch, the others per batch.
 """
 
 

@@ -512,8 +512,8 @@ def best_plan(
     """The plan whose slowest stage is fastest; of equally fast ones, one with the fewest stages.
 
     gpus and bandwidths have an entry per level: 8 GPUs in a machine, 2 machines; bytes per second
-    of a GPU's link and of a machine's, both directions together. straight: one GPU per stage. memory: bytes of a
-    GPU. A stage may then keep on each GPU
+    of a GPU's link and of a machine's, both directions together. straight: one GPU per stage.
+    memory: bytes of a GPU. A stage may then keep on each GPU
 
         in flight * (weights + activations),  in flight = ceil(GPUs from it on / its replicas)
 
