@@ -125,9 +125,8 @@ def memory_of(net: dict, stage: int, versions: int, inputs: int, whole: int) -> 
     last, tokens = net["gpus"] - 1, net["microbatch_size"] * net["sequence"]
     of_layer, embedding = count_parameters(net)
     parameters = layers_of(net, stage) * of_layer
-    parameters += embedding * ((stage == 0) + (stage == last)) + net["hidden_size"] * (
-        stage == last
-    )
+    parameters += embedding * ((stage == 0) + (stage == last))
+    parameters += net["hidden_size"] * (stage == last)
     size, fp32_copy = PRECISION[net["precision"]]
     sizes = [net[key] for key in ("hidden_size", "heads", "kv_heads", "ffn")]
     of_token = count_activations(*sizes)
@@ -210,7 +209,7 @@ def fit(config: dict) -> None:
 FIT_LEGEND = """\
    GB on the fullest GPU. +: fits into {:g} GB. time: of a batch; 1.00 is equal
    stages without idle GPUs or recompute. PipeDream's: with a full pipeline.
-   2019: as in the paper, it updates after every microbatch, the others per batch.
+   2019: as in the paper, it updates after every microbatch, the rest per batch.
 """
 
 

@@ -584,9 +584,9 @@ TIMES = ["computing", "all-reduce", "transfer"]
 PLAN_LEGEND = """\
    Milliseconds per minibatch. A stage takes its computing and its all-reduce,
    or its transfer if that is longer; * is the slowest stage. versions: of the
-   weights, one for each minibatch in flight. GB: what each of the stage's GPUs
-   keeps: weight versions and outputs of layers. A real layer keeps several times
-   its output, and gradients and the optimizer's state come on top."""
+   weights, one for each minibatch in flight. GB: weight versions and outputs of
+   layers on each of the stage's GPUs. (A real layer keeps several times its
+   output, and gradients and the optimizer's state come on top.)"""
 
 
 def format_plan(plan: Plan, layers: list[Layer]) -> str:
