@@ -22,7 +22,7 @@ from pipedream_lab import LAB_CONFIG, make_plan
 from pipedream_planner import measure_stages, microbatch_size
 from pipedream_simple import SCHEDULES, format_table
 
-ROUNDS = 15
+ROUNDS = 5
 SIZES = {"num_stages": 2, "hidden_size": 1024, "batch_size": 1024, "device": "cpu"}
 
 
