@@ -716,13 +716,18 @@ def dependencies(events: list[Event]) -> Iterator[tuple[Event, Event | None, Eve
     """Each event, the previous one on its GPU, and the one whose result it needs, if any."""
     num_stages = 1 + max(event.op.stage for event in events)
     latest: dict[int, Event] = {}
+    computed: dict[int, Event] = {}  # as latest, without updates
     made: dict[Step | None, Event] = {}
     for event in events:
         previous, needed = latest.get(event.device), made.get(input_of(event.op, num_stages))
-        if event.op.kind == "U" and previous and previous.end < event.start:  # replicas update
-            needed = next(e for e in latest.values() if e.end == event.start)  # with the last one
+        if event.op.kind == "U" and previous and previous.end < event.start:
+            # Replicas update together, once the last of them has computed its gradients.
+            peers = (e for e in computed.values() if e.op.stage == event.op.stage)
+            needed = next((e for e in peers if e.end == event.start), None)
         yield event, previous, needed
         latest[event.device] = made[result_of(event.op)] = event
+        if event.op.kind != "U":
+            computed[event.device] = event
 
 
 def idle_times(events: list[Event]) -> list[Idle]:
@@ -1039,7 +1044,7 @@ def format_batch(batch: int, audit: Audit, config: dict, events: list[Event]) ->
         table.append([f"MB{first} to {more[-1]}" if more else f"MB{first}", *cells])
     table[0] = table[0][: len(table[1])]
     forward_read = {row[1] for row in table[1:]}
-    read = forward_read.pop() if len(forward_read) == 1 else "those above"
+    read = forward_read.pop() if len(forward_read) == 1 else "as above"
     loss = f"Average loss across {count(num_microbatches, 'microbatch')}: {audit.losses[batch]:.4f}"
     updates = [event for event in events if event.op.kind == "U" and event.op.version == batch]
     then = f"v{batch} → v{batch + 1}"

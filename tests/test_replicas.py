@@ -16,7 +16,7 @@ from pipedream_planner import (
     simulate_plan,
     train_replicated,
 )
-from pipedream_simple import CONFIG, UserError, pin_versions, run_main, simulate, train
+from pipedream_simple import CONFIG, UserError, idle_times, pin_versions, run_main, simulate, train
 
 SMALL = {
     **CONFIG,
@@ -92,6 +92,27 @@ def test_replicas_share_the_microbatches_in_turn_and_update_together():
             ]
             assert start >= max(of_batch)
             assert len(last) == 24
+
+
+@pytest.mark.parametrize("update_time", [0, 2.5])
+def test_a_replica_that_waits_to_update_waits_for_the_last_one(update_time):
+    config = {**CONFIG, "num_stages": 2, "update_time": [update_time, 0]}
+    events = simulate(pin_versions(replicated([3, 1], 6, 4), 6), config)
+    gaps, over = idle_times(events), max(e.end for e in events)
+    for device in range(4):
+        mine = [found for found in (*events, *gaps) if found.device == device]
+        now = 0
+        for start, end in sorted((found.start, found.end) for found in mine):
+            assert start == now, "a hole or an overlap"
+            now = end
+        assert now == over
+    waits = [gap for gap in gaps if gap.next and gap.next.op.kind == "U"]
+    assert waits
+    for gap in waits:
+        assert gap.cause == "wait"
+        assert gap.needed.op[:2] == (0, "B")
+        assert gap.needed.device != gap.device
+        assert gap.needed.end == gap.end == gap.next.start
 
 
 def test_microbatches_that_replicas_cannot_share_are_refused():
