@@ -449,10 +449,15 @@ SEARCH_LEGEND = """\
 def draw_search(curves: dict, visual):
     """Adam's losses with and without stashing, in the two longest pipelines of one network."""
     sizes = [key for key in curves if key[2] == "Adam" and key[0] * key[1] == 32 and key[3]]
+    longest = sizes[-1][:3]
+    stashed, lost = (means(curves[(*longest, stashing)]).mean(0) for stashing in (True, False))
+    title = f"Adam, {longest[0]} stages: the loss ends at {lost[-1]:.2f} without stashing, "
+    title += f"at {stashed[-1]:.2f} with it"
+    ahead = (lost < stashed).double().mean()
     lines = [
-        "Mean and range of the seeds, the best learning rate for each; one microbatch a batch."
+        f"But without it, the loss is the lower one for {ahead:.0%} of the run.",
+        "Mean and range of the seeds, the best learning rate for each; one microbatch per batch.",
     ]
-    title = "With Adam and many stages, training without stashing falls behind"
     figure = visual.new_picture(1400, 720, title, lines)
     for i, key in enumerate(sizes):
         axes = visual.add_axes(figure, 110 + 660 * i, 160, 590, 440)
