@@ -449,11 +449,12 @@ SEARCH_LEGEND = """\
 def draw_search(curves: dict, visual):
     """Adam's losses with and without stashing, in the two longest pipelines of one network."""
     sizes = [key for key in curves if key[2] == "Adam" and key[0] * key[1] == 32 and key[3]]
-    longest = sizes[-1][:3]
-    stashed, lost = (means(curves[(*longest, stashing)]).mean(0) for stashing in (True, False))
+    longest = sizes[-1]
+    both = [(*longest[:3], stashing) for stashing in (True, False)]
+    stashed, lost = (means(curves[key]).mean(0) for key in both)
     title = f"Adam, {longest[0]} stages: the loss ends at {lost[-1]:.2f} without stashing, "
     title += f"at {stashed[-1]:.2f} with it"
-    ahead = (lost < stashed).double().mean()
+    ahead = float((lost < stashed).double().mean())
     lines = [
         f"But without it, the loss is the lower one for {ahead:.0%} of the run.",
         "Mean and range of the seeds, the best learning rate for each; one microbatch per batch.",
