@@ -296,6 +296,10 @@ class Plan(NamedTuple):
     schedule: Schedule
     events: list[Event]
 
+    def __repr__(self) -> str:
+        time, busy = makespan(self.events), utilization(self.events)
+        return f"Plan({self.name.strip()}: {time:.7g} time units, {busy:.1%} busy)"
+
 
 def file_of(config: dict) -> Path | None:
     """The CSV file that the schedule is, if it is one."""

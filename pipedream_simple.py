@@ -98,6 +98,9 @@ class Op(NamedTuple):
     def __str__(self) -> str:
         return f"{self.stage}{self.kind}{self.microbatch}"
 
+    def __repr__(self) -> str:
+        return f"{self} v{self.version}"
+
 
 Schedule = list[list[Op]]  # schedule[device]: what that GPU does, in order; no times, no idle slots
 Step = tuple[int, str, int]  # (stage, kind, microbatch): an Op whose version is still open

@@ -12,6 +12,7 @@ and measures on them what it says in a title. It needs no display.
 Read it from top to bottom: look, primitives, the five pictures, the animation, files, main.
 """
 
+import io
 import itertools
 import math
 import os
@@ -106,9 +107,19 @@ def colors(op: Op, versions: bool = False) -> tuple[tuple, str]:
     return tuple(tint + (1 - tint) * part for part in hue), "black" if tint else "white"
 
 
+class Picture(Figure):
+    """A figure in the house style, also where a notebook shows it."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with house_style():
+            self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
 def new_picture(width: float, height: float, title: str, lines: Iterable[str]) -> Figure:
     """An empty sheet with a title and a few lines below it."""
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    figure = Picture(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)  # draws into memory
     for row, text in enumerate([title, *lines]):
         y = 1 - (LINE * (row + 0.9) + 8 * (row > 0)) / height
@@ -299,6 +310,7 @@ def plot_width(events: list[Event], until: float) -> float:
 # ---------------------------------------------------------------- naive and microbatch pictures
 
 
+@house_style()
 def naive_pipeline(config: dict) -> Figure:
     """One microbatch after the other crawls through the stages and back."""
     _, events = simulated(config, schedule="naive", num_batches=1)
@@ -311,6 +323,7 @@ def naive_pipeline(config: dict) -> Figure:
     return draw_batch(config, events, "Naive pipeline", lines)
 
 
+@house_style()
 def microbatch_forward(config: dict) -> Figure:
     """GPipe's forward wave: while a stage works on a microbatch, the one before has the next."""
     _, events = simulated(config, schedule="gpipe", num_batches=1)
@@ -324,6 +337,7 @@ def microbatch_forward(config: dict) -> Figure:
     return draw_batch(config, events, "GPipe, forward wave", lines, faded="B")
 
 
+@house_style()
 def microbatch_backward(config: dict) -> Figure:
     """GPipe's backward wave, on the time axis of the forward wave."""
     _, events = simulated(config, schedule="gpipe", num_batches=1)
@@ -506,6 +520,7 @@ class Panel(NamedTuple):
     example: tuple[Op, Op] | None = None
 
 
+@house_style()
 def weight_versioning(config: dict) -> Figure:
     """A GPU's stash at work, the same moment without it, and the versions on all GPUs.
 
@@ -669,6 +684,7 @@ def tell_versions(config: dict, run: Simulated) -> tuple[str, list[str]]:
     return title, [*lines, story]
 
 
+@house_style()
 def utilization_comparison(config: dict) -> Figure:
     """Naive, flush, no flush; and the one formula that all their figures come from."""
     num_stages, in_batch = config["num_stages"], config["num_microbatches"]

@@ -6,6 +6,7 @@ whose words say what it is of, or be on a short list of names (years, sections, 
 """
 
 import contextlib
+import doctest
 import functools
 import inspect
 import io
@@ -13,15 +14,16 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-import test_planner
 from launch import launch
 from test_neighbours import TEMPLATE
 
 import pipedream_distributed
+import pipedream_fit
 import pipedream_lab
 import pipedream_page
 import pipedream_planner
@@ -32,6 +34,7 @@ from pipedream_simple import (
     Audit,
     build_schedule,
     check_config,
+    makespan,
     mismatches,
     parse_config,
     peak_in_flight,
@@ -142,14 +145,19 @@ def test_every_command_is_one_that_works(page):
         elif command.startswith("torchrun "):
             assert command == TEMPLATE  # test_neighbours.py runs it
         else:
-            assert command in ("python -m pytest", "pip install torch matplotlib numpy")
+            assert command in (
+                "python -m pytest",
+                "python -m venv .venv",
+                "source .venv/bin/activate",
+                "pip install torch matplotlib numpy",
+            )
     for script in re.findall(r"python[ \n]((?:tests/)?\w+\.py)", PAGES[page]):
         assert (ROOT / script).exists()
 
 
 @pytest.mark.parametrize("page", ["README.md", "QUICKSTART.md"])
 def test_every_output_block_is_what_one_of_the_pages_commands_prints(page):
-    ours = [c for c in commands(page) if c.split()[-1] != "pytest" and c.startswith("python")]
+    ours = [c for c in commands(page) if c.startswith("python pipedream_")]
     printed = [output_of(command).splitlines() for command in ours]
     assert blocks(page)
     for block in blocks(page):
@@ -164,27 +172,97 @@ def test_every_output_block_is_what_one_of_the_pages_commands_prints(page):
 
 def test_the_config_that_the_pages_show_is_the_real_one():
     real = re.search(r"^CONFIG = \{\n.*?^\}\n", SOURCE, re.M | re.S)[0]
-    assert blocks("README.md", "python")[0] == real
-    before, after = blocks("QUICKSTART.md", "python")[0].split("    ...\n")
-    assert real.startswith(before)
-    assert real.endswith(after)
+    assert blocks("QUICKSTART.md", "python") == [real]
 
 
-def test_the_schedule_that_the_readme_writes_runs(capsys):
-    code = blocks("README.md", "python")[1]
-    try:
-        exec(code, {})
-        assert pipedream_simple.SCHEDULES.pop("lifo")
-    finally:
-        pipedream_simple.SCHEDULES.pop("lifo", None)
-    out = capsys.readouterr().out
-    assert out.splitlines()[4].startswith("t3   | MB3 forward ")
-    flush = train({**CONFIG, "schedule": "gpipe"})
-    busy, *losses = map(float, re.findall(r"\d+\.\d+", out.splitlines()[-1]))
-    assert busy == utilization(run_of(schedule="gpipe"))
-    assert losses == pytest.approx(flush.losses, abs=1e-4)
-    words = "GPipe with its backwards last in, first out"
-    assert words in PAGES["README.md"]
+def test_the_code_that_the_readme_shows_is_that_of_the_story():
+    story = SOURCE[: SOURCE.index(BANNER)]
+    assert len(blocks("README.md", "python")) > 4
+    for code in blocks("README.md", "python"):
+        assert code in story
+
+
+class Session(doctest.OutputChecker):
+    def check_output(self, want, got, optionflags):
+        return same(want, got)
+
+
+def test_what_the_readme_types_at_the_prompt_answers_as_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (session,) = blocks("README.md", "pycon")
+    test = doctest.DocTestParser().get_doctest(session, {}, "README.md", None, 0)
+    told: list[str] = []
+    runner = doctest.DocTestRunner(checker=Session())
+    assert runner.run(test, out=told.append).failed == 0, "".join(told)
+    assert (tmp_path / "versions.png").exists()
+
+
+def tradeoffs():
+    """The README's table of trade-offs: name -> the formulas in its cells."""
+    table = re.search(r"\| schedule \| bubble .*?\n\n", PAGES["README.md"], re.S)[0]
+    rows = [row.strip("|").split("|") for row in table.splitlines()[2:] if row]
+    return {
+        name.strip(): [re.findall("`([^`]*)`", cell) for cell in cells] for name, *cells in rows
+    }
+
+
+NAMED = {
+    "naive": {"schedule": "naive"},
+    "GPipe": {"schedule": "gpipe"},
+    "1F1B": {"schedule": "1f1b"},
+    "interleaved": {"schedule": "interleaved"},
+    "ZB-H1": {"schedule": "zb-h1"},
+    "ZB-H2": {"schedule": "zb-h2"},
+    "PipeDream, M = 1": {"schedule": "pipedream", "num_microbatches": 1},
+    "PipeDream-2BW": {"schedule": "pipedream", "vertical_sync": True},
+}
+
+
+@pytest.mark.parametrize(("S", "M", "N", "V"), [(2, 4, 3, 2), (4, 8, 8, 3), (3, 9, 6, 4)])
+def test_the_trade_offs_of_the_readme_are_those_of_the_rows(S, M, N, V):  # noqa: N803
+    table = tradeoffs()
+    assert list(table) == list(NAMED)
+    assert "M >= 2*S" in PAGES["README.md"]
+    for name, cells in table.items():
+        config = {**pipedream_lab.LAB_CONFIG, "num_microbatches": M, **NAMED[name]}
+        config |= {"num_stages": S, "num_batches": N, "chunks_per_gpu": V, "layers_per_stage": V}
+        config |= {"backward_time": 2, "batch_size": config["num_microbatches"]}
+        plan = pipedream_lab.make_plan(config)
+        per_batch, in_all = config["num_microbatches"], config["num_microbatches"] * N
+        ideal = 3 * in_all  # of a forward and a backward
+        chunks = plan.config["num_stages"] / S
+        crossing = Counter()
+        hosts = {op.stage: device for device, row in enumerate(plan.schedule) for op in row}
+        for row in plan.schedule:
+            for op in row:
+                step = pipedream_simple.input_of(op, plan.config["num_stages"])
+                crossing[op.microbatch] += bool(step) and hosts[step[0]] != hosts[op.stage]
+        measured = [
+            (makespan(plan.events) - ideal) / ideal,
+            peak_in_flight(plan.schedule)[0] / chunks,
+            pipedream_lab.train_plan(plan).peak_versions[0],
+            *{*crossing.values()},
+            max(pipedream_simple.staleness(plan.schedule, per_batch)),
+        ]
+        values = {"S": S, "M": per_batch, "N": N, "V": V}
+        for cell, figure in zip(cells, measured, strict=True):
+            assert eval(cell[0], values) == pytest.approx(figure), (name, cell)
+
+
+def test_every_command_in_the_prose_is_one_that_its_script_knows():
+    shown = re.findall(
+        r"`python (pipedream_\w+\.py)([^`]*)`", PAGES["README.md"].replace("\n", " ")
+    )
+    assert len(shown) > 15
+    for script, rest in shown:
+        words = rest.split()
+        doc = sys.modules[script.removesuffix(".py")].__doc__
+        if words and not words[0].startswith("--"):
+            assert f"{script} {words[0]}" in doc
+        for word in words:
+            known = word.removeprefix("--") in pipedream_lab.LAB_CONFIG
+            texts = doc, pipedream_planner.__doc__, Path(pipedream_fit.__file__).read_text()
+            assert not word.startswith("--") or known or any(word[2:] in text for text in texts)
 
 
 @pytest.mark.parametrize("page", ["README.md", "QUICKSTART.md"])
@@ -221,16 +299,6 @@ def test_every_file_picture_and_section_that_a_page_names_exists(page):
         assert name in pipedream_simple.SCHEDULES
 
 
-def test_the_rooms_that_the_readme_lists_are_the_banners_of_the_file():
-    banners = re.findall(r"^# [-=]{20,} ([^=\n]+?)(?: =+)?$", SOURCE, re.M)
-    table = re.search(r"\| room of .*?\n\n", PAGES["README.md"], re.S)[0]
-    rows = [row for row in table.splitlines() if row.startswith("|")][2:]
-    listed = [name for row in rows for name in row.split("|")[1].split(",")]
-    assert [name.strip() for name in listed if name.strip()] == banners
-    for name in re.findall(r"`([A-Za-z_]+)`", table):
-        assert re.search(rf"^(def|class) {name}\b", SOURCE, re.M) or name == "pipedream_simple"
-
-
 def test_pytorch_has_what_the_readme_says():
     from torch.distributed import pipelining
 
@@ -244,10 +312,10 @@ def test_pytorch_has_what_the_readme_says():
 NAMES_AND_FORMULAS = [
     r"\b1F1B\b", r"-2BW\b", r"\bZeRO-3\b", r"\b1/G\b", r"\bW\(0\)", r"\bMB\d\b", r"GPU\d\b",
     r"[SMNnt] ?[-+] 1\b", r"\bd \+ 1\b", r"W\(t[-+]1\)", r"W[012]\b", r"1 / S\b", r"max\(0,",
-    r"M = 1\b", r"[Vv]ersion [01]\b", r"\bv[0-9]\b", r"[Ss]tages? [0123]\b", r"\brank 0\b",
+    r"M = 1\b", r"[Vv]ersion [01]\b", r"\bv[0-9]\b", r"[Ss]tages? [0123]( to 2)?\b", r"\brank 0\b",
     r"Batch \d", r"Microbatches 4 to 7\b", r"[Mm]icrobatch [3478]\b", r"[Ss]tep \d", r"^#+ \d\. ",
-    r"\b\d\. (?=\*\*)", r"\bfloat64\b", r"\bVGG-16\b",
-    r"\bLlama 2 7B\b",
+    r"^\d\. ", r"\bfloat64\b", r"\bVGG-16\b",
+    r"\b(Llama 2 )?7B\b", r"ZB-H[12]\b", r"ZeRO-1 and 2\b", r"ZeRO-[12]\b",
 ]  # fmt: skip
 SOURCES = [
     r"Python 3\.10", r"(SOSP|NeurIPS) 2019", r"ICML 2021", r"SC 202[01]", r"ICLR 2024",
@@ -255,7 +323,7 @@ SOURCES = [
     r"[Ss]ections? \d(\.\d)?( \([^)]*\))?(( and| to|,) \d(\.\d)?)?",
     r"CC BY 4\.0", r"(doi|arxiv)\.org/[\w./]+", r"\(stage 1\), gradients \(2\), weights \(3\)",
     r"stages? 1 and 2", r"stages? \(?[123]\b",  # ZeRO's
-    r"MLSys 2021", r"SpecTrain, 2018", r"arXiv \d{4}\.\d{5}",
+    r"MLSys 2021", r"(SpecTrain|Chen et al\.), 2018", r"arXiv \d{4}\.\d{5}",
 ]  # fmt: skip
 
 
@@ -266,8 +334,8 @@ def percent(**settings):
 def figures_of_prose(page):
     """(paragraph or table row, figures) outside blocks, links, code and names."""
     text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S)
-    for part in re.split(r"\n\n|\n(?=[|*-] ?)", text):
-        rest = " ".join(re.sub(r"\]\([^)]*\)|`[^`]*`", " ", part).split())
+    for part in re.split(r"\n\n|\n(?=[|*-] ?|\d\. )", text):
+        rest = " ".join(re.sub(r"\]\([^)]*\)|`[^`]*`|<code>.*?</code>", " ", part).split())
         rest = re.sub("|".join([*SOURCES, *NAMES_AND_FORMULAS]), " ", rest, flags=re.I)
         found = re.findall(r"[-\d.,/%]*\d[\d,./%]*", rest)
         yield " ".join(part.split()), [figure.strip(".,/-") for figure in found]
@@ -289,9 +357,18 @@ def facts():
     """(words that say what it is, the figures): what this program computes for the pages."""
     busy = {n: percent(schedule=n) for n in ("naive", "gpipe", "1f1b", "pipedream")}
     yield "naive", [busy["naive"]]
-    yield "one microbatch|one piece of work|one GPU works|one GPU at a time", [busy["naive"]]
+    yield "one microbatch|one piece of work|one GPU works|Four GPUs", [busy["naive"]]
+    yield "eight GPUs", [percent(schedule="naive", num_stages=8)]
+    yield "Predict:.* four microbatches", ["100%", "80%", busy["gpipe"].split(".")[0] + "%", "40%"]
+    yield "each of the others comes one turn later", [busy["gpipe"]]
+    used = utilization(run_of(schedule="gpipe"))
+    yield "bubble in two ways", [f"{1 - used:.1%}", f"{1 / used - 1:g}"]
+    assert utilization(run_of(num_batches=10**4)) > 0.9999
+    yield "The longer the run", ["100%"]
+    memory = pipedream_fit.FIT["memory"]
+    yield "more than one GPU of", [f"{memory / 1e9:g}"]
     yield "flush|GPipe", [busy["gpipe"]]
-    yield "PipeDream|default run|experiments", [busy["pipedream"]]
+    yield r"PipeDream|default run|Predict\*\* what each", [busy["pipedream"]]
     counts = [1, 2, 4, 8, 16, 32]
     row = [percent(schedule="1f1b", num_microbatches=n, num_batches=1) for n in counts]
     assert row == [f"{n / (n + 3):.1%}" for n in counts]
@@ -299,13 +376,11 @@ def facts():
     yield r"^\| utilization", row
     for schedule in ("gpipe", "1f1b"):
         config = {**CONFIG, "schedule": schedule, "num_microbatches": 8}
-        yield rf"^\| `{schedule}`", peak_in_flight(build_schedule(config))
-    for words, recompute in (("all kept", False), ("`--recompute True`", True)):
-        lab = {**pipedream_lab.LAB_CONFIG, "schedule": "gpipe", "recompute": recompute}
-        plan = pipedream_lab.make_plan(lab)
-        meter = pipedream_lab.MemoryMeter(plan.schedule)
-        meter.train(plan)
-        yield rf"^\| {words} \| \d", [f"{held.activations / 1024:.0f}" for held in meter.peak]
+        yield "`--num_microbatches 8`, GPipe", peak_in_flight(build_schedule(config))
+    (first,) = [event for event in run_of() if str(event.op) == "0U3"]
+    mine = [event.op for event in run_of() if event.device == 0 and event.end <= first.end]
+    sent, back = ({op.microbatch for op in mine if op.kind == kind} for kind in "FB")
+    yield "When GPU0 makes its first", [min(sent - back), max(sent - back)]
     for flags in ("--num_microbatches 2", "--num_microbatches 8", "--num_stages 8"):
         config = config_of(flags)
         yield rf"^\| `{flags}`", [f"{utilization(simulate(build_schedule(config), config)):.1%}"]
@@ -349,18 +424,10 @@ def facts():
     all_busy = [f"t{t}" for t in range(46) if all(t in lane for lane in lanes)]
     idle = [t for t in range(at["0B0"]) if t not in lanes[0]]
     assert {*range(at["0B0"], at["0F19"] + 1)} <= {*lanes[0]}
-    yield "timeline|column", [at["3F0"], at["3B0"], at["0B0"], all_busy[0][1:], idle[0], idle[-1]]
-    for name, gpus, bandwidth, _, _, _, stages, seconds, _ in test_planner.PUBLISHED:
-        if seconds and name == "vgg16":
-            lines = test_planner.PROFILES[name]
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "profile.txt"
-                path.write_text(lines)
-                layers = pipedream_planner.read_profile(path)
-            plan = pipedream_planner.best_plan(layers, [gpus], [bandwidth])
-            _, simulated = pipedream_planner.simulate_plan(plan, layers)
-            row = gpus, f"{bandwidth / 1e9:g}", stages, seconds, f"{simulated:.9f}"
-            yield rf"^\| {gpus} \| .*-1", [str(cell) for cell in row]
+    yield (
+        "Follow `MB0`|timeline",
+        [at["3F0"], at["3B0"], at["0B0"], all_busy[0][1:], idle[0], idle[-1]],
+    )
     yield from measured_once()
     for size in (16, 8):
         check_config({**CONFIG, "batch_size": size})
@@ -374,12 +441,13 @@ def measured_once():
     )
     worth = re.findall(r"^```\n(.*?)^```$", sections["Loss against simulated time"], re.M | re.S)
     yield "loss of", ["0.3"]
-    for block, heads in zip(worth[:3], ("four", "one", "sixteen"), strict=True):
+    for block, head in zip(worth[:3], ("four", "one", "sixteen"), strict=True):
+        times = {}
         for line in block.splitlines()[1:9]:
             name, *cells = re.split("  +", line.strip())
-            if len(cells) == 5:
-                figures = re.findall(r"\d+", " ".join(cells[-2:]))
-                yield rf"^\| {heads}, {name.replace('zb-h1', 'zero bubble')} \|", figures
+            times[name] = re.findall(r"\d+", cells[-1]) if cells else []
+        columns = "1f1b", "zb-h1", "interleaved", "pipedream", "vertical sync"
+        yield rf"^\| {head} \|", [figure for name in columns for figure in times.get(name, [])]
     blocks = re.search(r"^```\n(.*?)^```$", sections["The price of staleness"], re.M | re.S)[1]
     labels = "fresh gradients", "one batch late", "seven to none", "seven on every"
     columns = [
@@ -389,6 +457,9 @@ def measured_once():
     ]
     for label, row in zip(labels, zip(*columns, strict=True), strict=True):
         yield rf"^\| {label}", [figure.rstrip("*") for figure in row]
+    _, _, adam, _ = columns
+    (longer,) = re.findall(r"takes (\d+%) longer", output_of("python pipedream_planner.py fit"))
+    yield "One batch of delay", [adam[1], adam[0], longer]
 
 
 BANNER = "the story ends here; the rest serves it"
