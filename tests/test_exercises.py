@@ -271,6 +271,7 @@ def test_8_the_best_plan_is_that_of_brute_force():
     ]
     best, fast = (min(plans, key=lambda plan: slowest(plan, b)) for b in (1e9, 1e11))
     assert (best, fast) == ([(0, 3, 3), (3, 4, 1)], [(0, 2, 3), (2, 4, 1)])
+    assert sorted(map(slowest, plans))[1] > 1.01 * slowest(best)  # "any other use is slower"
     compute, ours = sum(sum(cost[:2]) for cost in costs[:3]), slowest(best)
     balanced, data, alone = ([(0, 1, 2), (1, 2, 1), (2, 4, 1)], [(0, 4, 4)], [(0, 4, 1)])
     times = [f"{slowest(stages):.1f}" for stages in (balanced, data, alone)]
