@@ -1,0 +1,356 @@
+"""EXERCISES.md: its code and commands are run, and every figure of an answer is computed anew.
+
+They are compared in order, with what is independent of the code on the page: closed forms, brute
+force, plain training, PyTorch.
+"""
+
+import contextlib
+import functools
+import importlib
+import io
+import itertools
+import math
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import pytorch
+import torch
+from reference import delayed_sgd, plain_sgd
+
+import pipedream_lab as lab
+import pipedream_neighbours as neighbours
+import pipedream_planner as planner
+import pipedream_simple as pipe
+from pipedream_simple import CONFIG, makespan, peak_in_flight, utilization
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "EXERCISES.md").read_text("utf-8")
+SECTIONS = re.split(r"^(?=## \d+\. )", TEXT, flags=re.M)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+SLOW = "--sweep"  # takes minutes: its formulas are compared instead
+NAMES = r"GPU\d|\bGPT-2|Llama 2 7B|\b1F1B|2BW|\b\dB\b|\d[FBIWU]\d|\b[FBIW]\d|exercise \d+|R\^2"
+NAMES += r"|[bSG] - 1\b|[vb] \+ 1\b|microbatch [02]\b"
+
+
+def blocks(number, language):
+    return [body for name, body in FENCE.findall(SECTIONS[number]) if name == language]
+
+
+def figures(number, part=1):
+    """The numbers in the prose of an answer (or of the question: part 0), in order."""
+    prose = FENCE.sub("", SECTIONS[number].partition("\n")[2].split("<details>")[part])
+    prose = re.sub(rf"`[^`]*`|{NAMES}|\*Before:.*?\*", " ", prose.replace("\n", " "))
+    return [found.rstrip(".,") for found in re.findall(r"\d[\d,.]*(?:e\d+)?%?", prose)]
+
+
+def shown(*values):
+    return [value if isinstance(value, str) else f"{value:g}" for value in values]
+
+
+def command(line):
+    script, *sys.argv[1:] = line.removeprefix("python ").split()
+    return pipe.run_main(importlib.import_module(script.removesuffix(".py")).main)
+
+
+@functools.cache
+def play(number):
+    """Do what an exercise says, in an empty folder: what is printed, names, files, exit codes."""
+    printed, names, codes, argv, folder = io.StringIO(), {}, [], sys.argv[:], os.getcwd()
+    out, err = contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed)
+    with tempfile.TemporaryDirectory() as empty, out, err:
+        os.chdir(empty)
+        try:
+            for block in FENCE.finditer(SECTIONS[number]):
+                language, body = block.groups()
+                if language == "csv":
+                    text = SECTIONS[number][: block.start()]
+                    Path(re.findall(r"[Ss]ave \w+ as `(.*?)`", text)[-1]).write_text(body)
+                elif language == "bash" and SLOW not in body:
+                    codes += map(command, body.splitlines())
+                elif language == "python" and body.startswith(" "):  # in place of a wrong line
+                    whole, wrong = blocks(number, "python")[0], r"^ *w\.data\.sub_.*\n"
+                    exec(re.sub(wrong, body, whole, flags=re.M), names)
+                elif language == "python":
+                    exec(body, names)
+            files = {path.name: path.read_text() for path in Path().glob("*.csv")}
+        finally:
+            os.chdir(folder)
+            sys.argv[:] = argv
+    return printed.getvalue(), names, files, codes
+
+
+def plan_of(rows=None, **settings):
+    """A plan of the lab; rows is the text of a CSV file."""
+    with tempfile.TemporaryDirectory() as folder:
+        if rows:
+            settings["schedule"] = str(Path(folder, "rows.csv"))
+            Path(settings["schedule"]).write_text(rows)
+        return lab.make_plan({**lab.LAB_CONFIG, "batch_size": 1024, "num_batches": 1, **settings})
+
+
+def simulated(rows=None, **settings):
+    """(time, utilization, in flight)"""
+    plan = plan_of(rows, **settings)
+    return makespan(plan.events), utilization(plan.events), peak_in_flight(plan.schedule)
+
+
+def assert_same(run, weights):
+    for stage, expected in zip(run.weights, weights, strict=True):
+        for name, w in stage.items():
+            torch.testing.assert_close(w, expected[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("number", range(1, 13))
+def test_what_an_exercise_shows_is_what_its_commands_and_code_print(number):
+    printed, _, _, codes = play(number)
+    assert codes == [2 if number == 3 else 0] * len(codes)  # 3 ends in a deadlock
+    assert all(block in printed for block in blocks(number, ""))
+    assert blocks(number, "bash") or blocks(number, "python")
+
+
+def test_there_are_twelve_from_five_minutes_to_an_hour_and_they_name_what_exists():
+    found = re.findall(r"^## (\d+)\. .* \((\d+) (min|h)\)$", TEXT, re.M)
+    minutes = [int(time) * (60 if unit == "h" else 1) for _, time, unit in found]
+    assert [int(number) for number, *_ in found] == [*range(1, 13)]
+    assert (minutes[0], minutes[-1], minutes) == (5, 60, sorted(minutes))
+    readme = (ROOT / "README.md").read_text("utf-8")
+    before = re.findall(r"^\*Before: README, sections? (\d)(?: and (\d))?", TEXT, re.M)
+    assert len(before) == 12
+    assert all(f"\n## {n}. " in readme for pair in before for n in pair if n)
+    assert TEXT.count("<details><summary>Answer</summary>\n\n") == 12 == TEXT.count("\n</details>")
+    for name in re.findall(r"`([a-zA-Z]\w+)`", TEXT):
+        known = {*pipe.SCHEDULES, *lab.COMMANDS, *lab.LAB_CONFIG, *vars(pipe), *vars(lab)}
+        assert name in known | {"Mine", "ScheduleZBVZeroBubble"}, name
+
+
+def test_1_utilization_is_the_closed_form():
+    def busy(m, s):
+        return m / (m + s - 1)
+
+    least = next(m for m in itertools.count(1) if busy(m, 8) >= busy(8, 4))
+    expected = shown(least, 3, 7, 8, 7, 3, f"{8 * 7 / 3:.1f}", least, f"{busy(least, 8):.1%}")
+    assert figures(1) == [*expected, "80%", "4"]
+    assert [busy(4 * (s - 1), s) for s in (2, 4, 8, 64)] == [0.8] * 4
+    assert figures(1, 0) == [f"{busy(8, 4):.1%}"]
+    many, images = re.search(r"`--num_microbatches (\d+) --batch_size (\d+)`", TEXT).groups()
+    assert (int(many), int(images) % int(many)) == (least, 0)
+    run = {"schedule": "1f1b", "num_stages": 8, "num_microbatches": least, "batch_size": least}
+    assert simulated(**run)[1] == simulated(**run, backward_time=2)[1] == busy(least, 8)
+
+
+def test_2_links_are_hidden_when_each_gpu_has_enough_more_in_flight_than_the_next():
+    def pace(held, comm_time):  # per microbatch, once the pipeline is full
+        rows = [pipe.one_f_one_b(0, n, 120, 1) for n in held]
+        rows = [[(s, *op[1:]) for op in row] for s, row in enumerate(rows)]
+        events = pipe.simulate(pipe.pin_versions(rows, 4), {**CONFIG, "comm_time": comm_time})
+        ends = {e.op.microbatch: e.end for e in events if e.op[:2] == (0, "B")}
+        return (ends[99] - ends[39]) / 60
+
+    for comm_time, more in ((0, 1), (0.5, 2), (1, 2)):
+        assert more == math.ceil((2 + 2 * comm_time) / 2)
+        for held in itertools.combinations_with_replacement(range(7, 0, -1), 3):
+            hidden = all(a - b >= more for a, b in itertools.pairwise([*held, 1]))
+            assert (pace([*held, 1], comm_time) == 2) == hidden
+    short = [[*map(int, found)] for found in re.findall(r"(6) (\d) (\d) (1)", SECTIONS[2])]
+    assert [pace(held, 0.5) for held in short] == [2.5, 2.5, 2.5]
+    run = {"schedule": "pipedream", "comm_time": 0.5, "num_batches": 5}
+    times, _, held = zip(*(simulated(**run, in_flight=n) for n in (4, 6, 7)), strict=True)
+    schedules = [plan_of(**run, in_flight=n).schedule for n in (7, 4)]
+    words = [7, 6, times[0], times[1], 7, times[2], 3, 1.5, 2, *held[2], *itertools.chain(*short)]
+    words += [2.5, 2, 4, 2, 7, 2, 1, *held[0], 7, held[2][0], held[0][0]]
+    assert figures(2) == shown(*words, *(pipe.peak_versions(rows)[0] for rows in schedules))
+
+
+def test_3_the_two_repairs_and_1f1b():
+    wrong = blocks(3, "csv")[0].splitlines()
+    on_0, on_1 = re.findall(r"`((?:\d[FB]\d,?)+)`", SECTIONS[3])
+    repairs = [on_0, *wrong[1:]], [wrong[0], on_1, wrong[2]], [on_0, on_1, wrong[2]]
+    more, fewer, both = (simulated("\n".join(rows)) for rows in repairs)
+    assert figures(3) == shown(more[0], fewer[0], both[0])
+    assert both == simulated(schedule="1f1b", num_stages=3)
+    assert more[2][1] > both[2][1]
+
+
+def test_4_where_the_slow_stage_is_matters_to_1f1b():
+    times = {"gpipe": [4 * 7 + 10] * 4, "1f1b": [4 * 8 + 2 * before for before in range(4)]}
+    for schedule, place in itertools.product(times, range(4)):
+        slow = [2 if stage == place else 1 for stage in range(4)]
+        run = {"schedule": schedule, "forward_time": slow, "backward_time": slow}
+        assert simulated(**run, num_microbatches=8)[0] == times[schedule][place]
+    most = sum(slow) / 4 / max(slow)
+    assert most - 0.01 < simulated(**run, num_microbatches=256)[1] < most
+    cells = itertools.chain(*times.values())
+    words = 5, 8, f"{most:.1%}", f"{sum(slow) / 4 - 1:.0%}", *cells, times["1f1b"][0], 2
+    assert figures(4) == shown(*words)
+
+
+def test_5_the_alias_is_training_without_stashing_and_the_repair_is_the_recurrence():
+    printed, repaired, _, _ = play(5)
+    config, code, wrong = repaired["config"], blocks(5, "python")[0], {}
+    exec(code.partition("\n\n\nconfig")[0], wrong)
+    run = pipe.train(config, torch.float64, worker_class=wrong["Mine"])
+    without = pipe.train({**config, "weight_stashing": False}, torch.float64)
+    assert run.losses == pytest.approx(without.losses, rel=1e-12)
+    right = pipe.train(config, torch.float64, worker_class=repaired["Mine"])
+    losses, weights = delayed_sgd(config, lambda stage: math.ceil((3 - stage) / 4))
+    assert_same(right, weights)
+    assert run.losses[-1] < right.losses[-1]  # "The loss is lower"
+    assert figures(5) == shown(*right.peak_versions, f"{losses[-1]:.2f}")
+    assert f"Mine: {right.peak_versions}, loss {losses[-1]:.2f}, 0.0% off" in printed
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        exec(code.replace("w.data.sub_", "w.sub_"), {})
+
+
+def test_6_two_halves_are_as_slow_as_half_a_batch_and_both_schedules_train_right():
+    busy, (_, weights) = {}, plain_sgd({**CONFIG, "num_batches": 2})
+    for name in ("halves", "level"):
+        rows = [play(6)[1][name](stage) for stage in range(4)]
+        text = "\n".join(",".join(f"{s}{k}{m}" for s, k, m in row) for row in rows)
+        busy[name] = simulated(text)[1]
+        plan = plan_of(text, num_batches=2, batch_size=CONFIG["batch_size"])
+        assert_same(lab.train_plan(plan, torch.float64), weights)
+    assert busy["halves"] == 4 / (4 + 3)
+    assert 1 / 4 < busy["level"] < 0.4  # "not far from naive"
+    assert figures(6, 0) == [f"{8 / 11:.1%}", f"{4 / 7:.1%}"]
+    assert figures(6) == [f"{1 / 4:.1%}", f"{8 / 11:.1%}"]
+
+
+def test_7_the_best_cuts_are_those_of_brute_force(tmp_path):
+    path = tmp_path / "gpt2.csv"
+    path.write_text(play(7)[2][path.name])
+    layers = planner.read_profile(path)
+    seconds = [layer.forward + layer.backward for layer in layers]
+    block, head = seconds[1], seconds[-1]
+
+    def slowest(stages):  # of the best cut
+        best = [*itertools.accumulate(seconds)]  # [end]: of the layers up to there
+        for _ in range(stages - 1):
+            of_cuts = [
+                [max(best[c - 1], sum(seconds[c:e])) for c in range(1, e)] for e in range(27)
+            ]
+            best = [min(times, default=math.inf) for times in of_cuts[1:]]
+        return best[-1]
+
+    for gpus in (2, 4, 8, 9, 10):
+        plan = planner.best_plan(layers, [gpus], [1e10], straight=True)
+        assert plan.slowest.seconds == pytest.approx(slowest(gpus))
+    enough = next(gpus for gpus in itertools.count(1) if slowest(gpus) == slowest(26))
+    assert slowest(7) == slowest(8) == pytest.approx(4 * block)
+    assert 3 * block < head == pytest.approx(slowest(enough))
+    assert 3 * block + head < 7 * block == pytest.approx(slowest(4))
+    even = 6 * block + head
+    words = f"{head / block:.1f}", f"{even / block:.1f}", f"{even / slowest(4) - 1:.0%}"
+    speed_up = f"{sum(seconds) / slowest(enough):.1f}"
+    assert figures(7) == shown(*words, 7, 7, 7, 24 - 3 * 7, enough, 3, speed_up, 7, 8, 4)
+
+
+def test_8_the_best_plan_is_that_of_brute_force():
+    lines = blocks(8, "csv")[0].splitlines()[1:]
+    costs = [[float(cost) for cost in line.split(",")[1:]] for line in lines]
+
+    def slowest(stages, bandwidth=1e9):
+        """In ms, by the rules of the exercise. stages: (first layer, end, replicas)."""
+        worst = 0
+        for first, end, r in stages:
+            forward, backward, _, weights = map(sum, zip(*costs[first:end], strict=True))
+            add_up = 4 * (r - 1) / r**2 * weights / bandwidth * 1e3
+            cut = max([costs[end - 1][2]] * (end < 4) + [costs[first - 1][2]] * (first > 0) + [0])
+            worst = max(worst, (forward + backward) / r + add_up, 2e3 * cut / r / bandwidth)
+        return worst
+
+    plans = [
+        [*zip((0, *cuts), (*cuts, 4), gpus, strict=True)]
+        for number in range(1, 5)
+        for cuts in itertools.combinations(range(1, 4), number - 1)
+        for gpus in itertools.product(range(1, 5), repeat=number)
+        if sum(gpus) == 4
+    ]
+    best, fast = (min(plans, key=lambda plan: slowest(plan, b)) for b in (1e9, 1e11))
+    assert (best, fast) == ([(0, 3, 3), (3, 4, 1)], [(0, 2, 3), (2, 4, 1)])
+    assert sorted(map(slowest, plans))[1] > 1.01 * slowest(best)  # "any other use is slower"
+    compute, ours = sum(sum(cost[:2]) for cost in costs[:3]), slowest(best)
+    balanced, data, alone = ([(0, 1, 2), (1, 2, 1), (2, 4, 1)], [(0, 4, 4)], [(0, 4, 1)])
+    times = [f"{slowest(stages):.1f}" for stages in (balanced, data, alone)]
+    idle = f"{1 - sum(costs[3][:2]) / ours:.0%}"
+    words = [times[0], 3, f"{ours:.1f}", compute, 3, f"{compute / 3:.1f}"]
+    words += [f"{ours - compute / 3:.1f}", idle, *times[1:], 3, 1]
+    assert figures(8) == shown(*words)
+    assert f"Plan: 3-1\nSlowest: {ours / 1e3:.9f}" in play(8)[0]
+
+
+def test_9_the_delay_is_what_the_derivation_says():
+    printed, names, _, _ = play(9)
+    delays = {m: math.ceil(7 / m) for m in (8, 7, 4, 1)}
+    expected = [f"M = {m}: delay [{d}], {d + 1} versions\n" for m, d in delays.items()]
+    assert printed == "".join(expected) == blocks(9, "")[0]
+    config = {**names["config"], "num_batches": 4}
+    _, weights = delayed_sgd(config, lambda stage: 2)
+    flat = torch.cat([w.flatten() for stage in weights for w in stage.values()])
+    torch.testing.assert_close(names["late"](config, 2), flat, rtol=0, atol=1e-12)
+    assert figures(9) == shown(0, 0, 1, min(m for m, d in delays.items() if d == 1))
+
+
+def test_10_bubbles_are_the_closed_forms_and_the_halves_those_two_products():
+    bubbles = {w: [9, 3 * (1 + 2 - w), 3 * (1 + 2 - 2 * w)] for w in (1, 0.5)}
+    lines = [f"W of {w}: " + " ".join(f"{24 + b:g}" for b in row) for w, row in bubbles.items()]
+    assert blocks(10, "")[0].splitlines() == lines
+    h1, f1b1 = (simulated(schedule=name, num_microbatches=8)[2] for name in ("zb-h1", "1f1b"))
+    assert {*h1} == {4}
+    whole, cut, moved = bubbles[1]
+    assert figures(10) == shown(cut, whole, moved, 4, *f1b1, *bubbles[0.5][1:])
+    assert figures(10, 0) == shown(1, 2, 1, 24 + whole, 24)
+    x, w, g = torch.rand(3, 3, 3).double().requires_grad_()
+    halves = torch.autograd.grad(x @ w, (x, w), g)
+    torch.testing.assert_close(halves, (g @ w.T, x.T @ g))
+
+
+def test_11_the_rows_are_those_of_pytorch():
+    rows = pytorch.rows_of_pytorch("ScheduleZBVZeroBubble", 2, 4, 2)
+    rows = [["" if op is None else str(op) for op in row] for row in rows]
+    text = "".join(f"{','.join(row)}\n" for row in rows)
+    assert blocks(11, "csv") == [text]
+    stages = [sorted({int(op[0]) for op in row if op}) for row in rows]
+
+    def messages(gpu_of):
+        return 2 * sum(gpu_of[stage] != gpu_of[stage + 1] for stage in range(3))
+
+    sent = messages([stage in stages[1] for stage in range(4)]), messages([0, 1, 0, 1])
+    slots = max(map(len, rows))
+    (idle,) = {slots - sum(map(bool, row)) for row in rows}
+    time, busy, held = simulated(text, layers_per_stage=4, backward_time=2)
+    assert (time, busy) == (slots / 2, 1 - idle / slots)
+    (most,) = {*held}
+    assert most / 2 == simulated(schedule="1f1b", num_stages=2)[2][0]
+    words = *stages[0], *stages[1], 1, 2, sent[0], 0, 2, sent[1], idle, slots, f"{busy:.1%}", most
+    assert figures(11) == shown(*words)
+    for row, waiting in zip(rows, (0, 3), strict=True):
+        pairs = itertools.pairwise(filter(None, row))
+        assert sum("W" in b and a != b.replace("W", "I") for a, b in pairs) == waiting
+
+
+def test_12_data_parallelism_wins_where_the_closed_forms_say():
+    rate, links = 4e14, (5e10, 4.5e11)
+    least = [2 / 3 * rate / bandwidth for bandwidth in links]
+    for weights, gpus, m in ((7e9, 8, 16), (7e10, 8, 16), (7e9, 64, 16), (7e9, 4, 64)):
+        run = {"schedule": "1f1b", "num_stages": gpus, "num_microbatches": m, "backward_time": 2}
+        for tokens, bandwidth in zip(least, links, strict=True):
+            forward = 2 * weights * tokens / gpus / rate
+            all_reduce = 2 * (gpus - 1) / gpus * 2 * weights / bandwidth
+            pipeline = forward * simulated(**run)[0]
+            assert 3 * m * forward + all_reduce == pytest.approx(pipeline)
+    for batch in itertools.count(1):
+        config = {**neighbours.CONFIG, "hidden_size": 256, "batch_size": batch}
+        sent = {name: max(row["sent"]) for name, row in neighbours.papers(config).items()}
+        if sent["pipeline 1F1B"] >= sent["data parallel"]:
+            break
+    values, fixed = neighbours.SWEEPS["batch_size"]
+    assert fixed == {"hidden_size": 256}
+    assert values[0] < batch < values[-1]
+    llama, images = 12 * 32 * 4096 * 7 / 8, 6 * 4 * 256 * 3 / 4 / 64
+    words = [4, 4, 12, f"{llama:,.0f}", f"{4e6 / llama:.1f}", 4, 6, 2, 3]
+    words += [f"{tokens:,.0f}" for tokens in least]
+    assert figures(12) == shown(*words, 6, 4, 256, 3, 4, 64, images, batch)
