@@ -161,14 +161,26 @@ def test_a_bad_plan_gets_one_line(program, plan):
     assert (status, out, err.count("\n")) == (2, "", 1)
 
 
+@pytest.mark.parametrize("plan", ["-1", "2--1", "2-", "x", "", "1.5", "2-one"])
+def test_what_is_no_plan_is_told_what_one_looks_like(program, plan):
+    _, _, err = program("train", plan)
+    assert f"PLAN='{plan}' must be the GPUs of each stage, such as 2-1-1" in err
+
+
+def test_the_forwards_that_recompute_repeats_are_said_to_count(program):
+    flags = "--num_batches", 1, "--hidden_size", 8
+    again = "Busy time includes the forwards that recompute runs a second time."
+    assert again in program("train", "1-1", *flags, "--recompute", True)[1]
+    assert again not in program("train", "1-1", *flags)[1]
+
+
 def test_a_plan_that_is_too_long_to_simulate_is_printed_all_the_same(program, tmp_path):
     path = tmp_path / "chain.csv"
     path.write_text(",".join(COLUMNS) + "\n" + "a,1,2,3,0\n" * 4)
     status, out, err = program("plan", path, "--gpus", 300, "--bandwidth", 1e9)
-    assert status == 0
-    assert all(line.startswith("searched ") for line in err.splitlines())  # on a slow machine
+    assert (status, err) == (0, "")
     assert out.startswith("Plan: ")
-    assert "Not simulated: a run with so many GPUs" in out
+    assert "Not simulated: with so many GPUs" in out
 
 
 def chain(*costs):
