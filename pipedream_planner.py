@@ -586,9 +586,8 @@ def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory)
         for value in values:
             check_value(key, value, LEVEL[key])
     if len(gpus) != len(bandwidths):
-        raise UserError(
-            f"gpus={gpus} has other levels than bandwidth={bandwidths}: each needs both"
-        )
+        sizes = f"gpus has {count(len(gpus), 'level')}, bandwidth {len(bandwidths)}"
+        raise UserError(f"{sizes}: each level needs both")
     if memory is not None:
         check_value("memory", memory, LEVEL["bandwidth"])
     for layer in layers:
@@ -634,9 +633,9 @@ def format_plan(plan: Plan, layers: list[Layer]) -> str:
         times = stage.compute, stage.all_reduce, stage.transfer, stage.seconds
         row = [f"{number}{' *' * (stage is plan.slowest)}", "x".join(map(str, stage.levels))]
         row += [f"{stage.first}-{stage.last}", *(f"{1000 * time:.4g}" for time in times)]
-        table.append([*row, str(stage.in_flight), f"{stage.bytes / 1e9:.3f}"])
+        table.append([*row, str(stage.in_flight), f"{stage.bytes / 1e9:.4g}"])
         name = layers[stage.last].name.partition("(")[0][:40]
-        sent = f"{sent_after(layers[stage.last]) / 1e6:.3g} MB each way"
+        sent = f"{sent_after(layers[stage.last]) / 1e6:.5g} MB each way"
         cuts.append(f"   after layer {stage.last}, {name}: {sent}")
     lines = [
         f"Plan: {'-'.join(str(stage.replicas) for stage in plan.stages)}",

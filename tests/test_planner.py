@@ -22,6 +22,7 @@ from pipedream_planner import (
     COMMANDS,
     Layer,
     best_plan,
+    check_request,
     count_in_flight,
     main,
     read_profile,
@@ -228,7 +229,7 @@ def test_with_kept_bytes_memory_is_counted_in_them(profile, program):
     flags = ["--gpus", 2, "--bandwidth", 1e9, "--straight"]
     status, out, _ = program("plan", profile("\n".join(lines), "my.csv"), *flags)
     assert status == 0
-    assert re.search(r"^0 .* 2 +8\.000$\n^1 .* 1 +2\.000$", out, re.M)
+    assert re.search(r"^0 .* 2 +8$\n^1 .* 1 +2$", out, re.M)
     assert "what the layers keep for its backward" in out
     short = "\n".join(line.rpartition(",")[0] for line in lines)
     status, out, _ = program("plan", profile(short, "my.csv"), *flags)
@@ -348,6 +349,9 @@ def test_more_gpus_than_can_be_planned_in_a_minute_are_refused(profile, program)
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert time.process_time() - start < 1
         assert f"40 layers on {math.prod(gpus):,} GPUs would take minutes" in err
+    check_request(uneven(40), [50, 50], [1, 1], False, None)
+    with pytest.raises(UserError, match="minutes"):  # a machine's best pipeline: for each place
+        check_request(uneven(40), [50, 50], [1, 1], False, 1e12)
 
 
 # ----------------------------------------------------------------------------------- command
@@ -451,7 +455,7 @@ BAD = {  # text of the profile, flags, what the one line must name
     "a list": ("vgg16", ("--gpus", "8,2", "--bandwidth", 1e9), "gpus=[8, 2]"),
     "no bandwidth": ("vgg16", ("--gpus", 4, "--bandwidth", 0), "bandwidth=0"),
     "text": ("vgg16", ("--gpus", 4, "--bandwidth", "fast"), "bandwidth='fast'"),
-    "levels": ("vgg16", ("--gpus", 4, 2, "--bandwidth", 1e9), "levels"),
+    "levels": ("vgg16", ("--gpus", 4, 2, "--bandwidth", 1e9), "gpus has 2 levels, bandwidth 1"),
     "left out": ("vgg16", ("--gpus", 4), "--bandwidth"),
     "unknown flag": ("vgg16", (*ALL, "--fast"), "--fast"),
     "too straight": ("vgg16", ("--gpus", 41, "--bandwidth", 1e9, "--straight"), "40 layers"),
