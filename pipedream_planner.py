@@ -680,7 +680,6 @@ def plan(
     bandwidth: list,
     straight: bool = False,
     memory: float | None = None,
-    out: Path | None = None,
 ) -> None:
     """Where to cut a network, and how many GPUs each stage gets, for the fastest pipeline.
 
@@ -692,10 +691,8 @@ def plan(
     found = best_plan(layers, gpus, bandwidth, straight, memory)
     print(format_plan(found, layers))
     try:
-        events, seconds = simulate_plan(found, layers)
+        _, seconds = simulate_plan(found, layers)
     except UserError as error:
-        if out:
-            raise UserError(f"no plan.png: {error}") from None
         print(f"Not simulated: {error}.")
         return
     promised = max(stage.compute + stage.all_reduce for stage in found.stages)
@@ -708,9 +705,6 @@ def plan(
         if found.slowest.seconds < found.data_parallel < seconds:
             text += " Then data parallelism is faster."
     print(textwrap.fill(text, 80))
-    if out:
-        name = "-".join(str(stage.replicas) for stage in found.stages)
-        draw_timeline(f"Plan {name}: {seconds:.4g} s per minibatch", events, out)
 
 
 # ----------------------------------------------------------------------------------- replicas
@@ -766,27 +760,6 @@ def simulate_plan(plan: Plan, layers: list[Layer]) -> tuple[list[Event], float]:
     return events, (done[last] - done[first]) / (1000 * batch * (last - first))
 
 
-def draw_timeline(title: str, events: list[Event], out: Path) -> None:
-    """Write plan.png: the lanes of all GPUs until the first batches are done."""
-    import pipedream_visual as visual
-
-    events = visual.rounded(events)
-    num_devices = 1 + max(event.device for event in events)
-    until = max(end for op, *_, end in events if op.kind == "U" and op.version < 3)
-    width = visual.LEFT + visual.plot_width(events, until) + visual.RIGHT
-    lane, top = min(60, 2400 / num_devices), 3 * visual.LINE
-    lines = ["One lane per GPU; black: all-reduce and update. Simulated, the first 3 batches."]
-    with visual.house_style():
-        figure = visual.new_picture(width, top + lane * num_devices + 110, title, lines)
-        axes = visual.add_lanes(figure, top, lane * num_devices, num_devices, until)
-        shown = [event for event in events if event.start < until]
-        visual.draw_ops(axes, shown, stages=True)
-        boxes = [(e.start, e.end, e.device, 0.06, 0.94) for e in shown if e.op.kind == "U"]
-        visual.add_boxes(axes, boxes, facecolors=visual.INK, edgecolors=visual.INK, linewidths=2)
-        visual.add_legend(figure, [event.op for event in shown], [visual.IDLE])
-        visual.save({out / "plan.png": figure.savefig})
-
-
 class Replicas(nn.Module):
     """Copies of a stage, each with weights of its own, that take turns."""
 
@@ -828,7 +801,7 @@ class ReplicatedWorker(Worker):
             self.missing = self.number
 
 
-def train_plan(config: dict, replicas: str, out: Path | None = None) -> None:
+def train_plan(config: dict, replicas: str) -> None:
     """Train a plan such as 2-1-1 on the digits: the first stage on two GPUs that take turns.
 
     Real arithmetic on one device, simulated time; each replica has weights of its own.
@@ -853,8 +826,6 @@ def train_plan(config: dict, replicas: str, out: Path | None = None) -> None:
     )
     if config["recompute"]:
         print(RECOMPUTED)
-    if out:
-        draw_timeline(f"Plan {replicas}: {used:.1%} utilization", events, out)
 
 
 def differences(weights: Weights) -> float:
@@ -893,7 +864,6 @@ def train_replicated(
 # --------------------------------------------------------------------------------------- main
 
 LEVELS = {"nargs": "+", "type": parse_value, "required": True}
-OUT = {"type": Path, "metavar": "DIR", "help": "folder for plan.png, the timeline"}
 TRAIN = {key: CONFIG[key] for key in CONFIG if key not in ("num_stages", "schedule")}
 MEASURED = {"schedule", "forward_time", "backward_time", "comm_time", "verbose"}
 PROFILE = {k: LAB_CONFIG[k] for k in LAB_CONFIG if k not in MEASURED} | {"network": "transformer"}
@@ -918,14 +888,13 @@ COMMANDS: dict[str, tuple[Callable, dict, Callable, dict]] = {  # function, keys
             },
             "--straight": {"action": "store_true", "help": "one GPU per stage"},
             "--memory": {"type": parse_value, "metavar": "BYTES", "help": "of each GPU"},
-            "--out": OUT,
         },
     ),
     "train": (
         train_plan,
         TRAIN,
         lambda config: None,
-        {"replicas": {"metavar": "PLAN", "help": "GPUs of each stage: 2-1-1"}, "--out": OUT},
+        {"replicas": {"metavar": "PLAN", "help": "GPUs of each stage: 2-1-1"}},
     ),
     "fit": (fit, FIT, check_fit, {}),
 }

@@ -352,6 +352,8 @@ def test_more_gpus_than_can_be_planned_in_a_minute_are_refused(profile, program)
     check_request(uneven(40), [50, 50], [1, 1], False, None)
     with pytest.raises(UserError, match="minutes"):  # a machine's best pipeline: for each place
         check_request(uneven(40), [50, 50], [1, 1], False, 1e12)
+    with pytest.raises(UserError, match="minutes"):
+        check_request(uneven(20_000), [1], [1], False, None)
 
 
 # ----------------------------------------------------------------------------------- command

@@ -133,7 +133,7 @@ def program(monkeypatch, capsys):
     return run
 
 
-def test_train_prints_what_was_trained_and_draws_it(program, tmp_path):
+def test_train_prints_what_was_trained(program):
     status, out, err = program("train", "3-1", "--num_microbatches", 3, "--batch_size", 30)
     assert (status, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
@@ -145,9 +145,6 @@ def test_train_prints_what_was_trained_and_draws_it(program, tmp_path):
         start = " ".join(f"{op.kind}{op.microbatch}" for op in row[:6])
         assert f"GPU{gpu} (stage {row[0].stage}): {start}" in out
     assert "between the weights of two replicas: 0\n" in out
-    flags = "--num_batches", 1, "--hidden_size", 8, "--out", tmp_path / "new"
-    assert program("train", "1-1", *flags)[0] == 0
-    assert (tmp_path / "new" / "plan.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_weights_that_differ_are_told_apart():
