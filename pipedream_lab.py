@@ -640,9 +640,10 @@ def compare(config: dict, out: Path = Path()) -> None:
             agree += map(Bytes.__eq__, meter.peak, memory_formula(plan))
     print("\n".join(["Simulated:", *format_table(simulated), "", "Trained and measured:"]))
     again = [RECOMPUTED] * config["recompute"]
-    print("\n".join([*format_table(measured), *reasons, COMPARE_LEGEND, *again]))
+    lines = [*format_table(measured), COMPARE_LEGEND, *again]
     if agree:
-        print(f"   Memory is as memory_formula predicts on {sum(agree)} of {len(agree)} GPUs.")
+        lines += [f"   Memory is as memory_formula predicts on {sum(agree)} of {len(agree)} GPUs."]
+    print("\n".join([*lines, *reasons]))
     print(f"\n{out / 'schedules.png'}: {figure.texts[0].get_text()}")
 
 
@@ -888,9 +889,9 @@ def why(config: dict, gpu: int | None = None, time: float | None = None) -> None
 
 
 IN_FLIGHT_LEGEND = """\
-   limit: in_flight, the most on GPU0; on the others it falls evenly to 1.
-   *: the default, num_stages. A limit of 1 is naive. With a flush, a GPU never
-   holds more than the microbatches of one batch."""
+   limit: microbatches in flight on GPU0, at most (--in_flight). It falls evenly
+   to 1 on the last GPU. *: the default, num_stages. A limit of 1 is naive. With
+   a flush, a GPU never holds more than the microbatches of one batch."""
 
 
 def in_flight(config: dict) -> None:
@@ -929,7 +930,7 @@ def export(config: dict, file: Path) -> None:
     sizes = count(len(rows), "GPU"), count(plan.config["num_stages"], "stage")
     print(f"{file}: {plan.name}, {', '.join(sizes)}, {count(sum(map(len, rows)), 'op')}")
     if plan.name == "pipedream":
-        print("This is one batch. With the flush that a file implies, it is 1F1B.")
+        print("The file has one batch, and then a flush. So its rows are those of 1F1B.")
 
 
 def write(path: Path, content: Callable[[Path], object], config: dict, suffix: str = "") -> None:

@@ -691,7 +691,7 @@ def plan(
     found = best_plan(layers, gpus, bandwidth, straight, memory)
     print(format_plan(found, layers))
     try:
-        _, seconds = simulate_plan(found, layers)
+        seconds = simulate_plan(found, layers)
     except UserError as error:
         print(f"Not simulated: {error}.")
         return
@@ -703,7 +703,7 @@ def plan(
     if not same:
         text += " This schedule does not keep the slowest stage busy all the time."
         if found.slowest.seconds < found.data_parallel < seconds:
-            text += " Then data parallelism is faster."
+            text += " So here data parallelism is faster."
     print(textwrap.fill(text, 80))
 
 
@@ -731,8 +731,8 @@ def replicated(replicas: list[int], num_microbatches: int, num_batches: int) -> 
             yield [(stage, kind, m * copies + replica) for _, kind, m in row]
 
 
-def simulate_plan(plan: Plan, layers: list[Layer]) -> tuple[list[Event], float]:
-    """1F1B-RR with the plan's times in ms, messages free; and its seconds per minibatch.
+def simulate_plan(plan: Plan, layers: list[Layer]) -> float:
+    """Seconds per minibatch of 1F1B-RR with the plan's times, messages free.
 
     A batch is as many minibatches as the replicas share evenly, and its update takes all-reduce's
     time for as many. Counted in the middle third of a run, where the pipeline is full.
@@ -757,7 +757,7 @@ def simulate_plan(plan: Plan, layers: list[Layer]) -> tuple[list[Event], float]:
         if op.kind == "U":
             done[op.version] = max(done.get(op.version, 0), end)
     first, last = num_batches // 3, 2 * num_batches // 3
-    return events, (done[last] - done[first]) / (1000 * batch * (last - first))
+    return (done[last] - done[first]) / (1000 * batch * (last - first))
 
 
 class Replicas(nn.Module):

@@ -358,7 +358,7 @@ def facts():
                 path.write_text(lines)
                 layers = pipedream_planner.read_profile(path)
             plan = pipedream_planner.best_plan(layers, [gpus], [bandwidth])
-            _, simulated = pipedream_planner.simulate_plan(plan, layers)
+            simulated = pipedream_planner.simulate_plan(plan, layers)
             row = gpus, f"{bandwidth / 1e9:g}", stages, seconds, f"{simulated:.9f}"
             yield rf"^\| {gpus} \| .*-1", [str(cell) for cell in row]
     yield from measured_once()

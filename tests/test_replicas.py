@@ -191,7 +191,7 @@ def test_straight_plans_run_as_fast_as_the_planner_says():
         costs = torch.rand(3 + number % 6, 2, generator=generator) + 0.05
         layers = chain(*((f, b, 0, 0) for f, b in costs.tolist()))
         plan = best_plan(layers, [1 + number % len(layers)], [1e9], straight=True)
-        _, seconds = simulate_plan(plan, layers)
+        seconds = simulate_plan(plan, layers)
         assert seconds == pytest.approx(plan.slowest.seconds, rel=1e-9)
 
 
@@ -201,7 +201,7 @@ def test_no_plan_runs_faster_than_the_planner_says_and_data_parallelism_as_fast(
         costs = torch.rand(3 + number % 4, 3, generator=generator) + 0.05
         layers = chain(*((f, b, 0, 1e8 * w) for f, b, w in costs.tolist()))
         plan = best_plan(layers, [2 + number % 6], [1e9])
-        _, seconds = simulate_plan(plan, layers)
+        seconds = simulate_plan(plan, layers)
         promised = max(stage.compute + stage.all_reduce for stage in plan.stages)
         assert seconds >= promised * (1 - 1e-9)
         if len(plan.stages) == 1:
@@ -214,4 +214,4 @@ def test_a_plan_that_the_schedule_of_the_paper_does_not_keep_busy():
     plan = best_plan(layers, [4], [1e9])
     assert [stage.replicas for stage in plan.stages] == [1, 3]
     assert plan.slowest.seconds == pytest.approx(2)
-    assert simulate_plan(plan, layers)[1] > 2.3
+    assert simulate_plan(plan, layers) > 2.3
