@@ -667,9 +667,13 @@ def explain(plan: Plan) -> str:
     else:
         most = f"which spends {share:.0%} of its time on" if share < 0.995 else "limited by"
         text = f"The bottleneck is stage {plan.stages.index(slowest)}, {most} {what}. Data "
-        slower = f"parallelism alone takes {plan.data_parallel / seconds:.2f} times as long."
-        faster = "parallelism would be faster, but is ruled out."
-        text += slower if plan.data_parallel > seconds else faster
+        slower = plan.data_parallel / seconds
+        if slower < 1:
+            text += "parallelism would be faster, but is ruled out."
+        elif slower < 1.005:
+            text += "parallelism alone is as fast."
+        else:
+            text += f"parallelism alone takes {slower:.2f} times as long."
     return text + " One GPU alone would be faster." * (plan.one_gpu < seconds)
 
 

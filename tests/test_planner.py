@@ -247,6 +247,7 @@ def test_with_kept_bytes_memory_is_counted_in_them(profile, program):
         (3, 1e2, 1e9, "The bottleneck is stage 0, limited by transfer. Data parallelism alone"),
         (3, 1e9, 1e9, "The bottleneck is stage 0, limited by computing. Data parallelism alone"),
         (3, 1e9, 1e6, "It spends 75% of its time on computing."),
+        (2, 1e9, 1e3, "limited by computing. Data parallelism alone is as fast."),
         (4, 1e9, 1e6, "the slowest stage busy all the time. So here data parallelism is faster."),
         (5, 1e9, 3e6, "which spends 60% of its time on computing. Data"),
     ],
