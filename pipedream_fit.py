@@ -7,6 +7,7 @@
 `python pipedream_planner.py fit` is the same. Each key of FIT below is also a flag.
 """
 
+import inspect
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -207,10 +208,15 @@ def fit(config: dict) -> None:
 
 
 FIT_LEGEND = """\
-   GB on the fullest GPU. +: fits into {:g} GB. time: of a batch; 1.00 is equal
-   stages without idle GPUs or recompute. PipeDream's: with a full pipeline.
-   2019: as in the paper, it updates after every microbatch, the rest per batch.
+   GB on the GPU that needs most. +: fits into {:g} GB. time: of a batch; 1.00
+   would be equal stages, never idle, without recompute. (pipedream: once the
+   pipeline is full.) 2019: as in the paper, with an update per microbatch; the
+   others update once per batch.
 """
+
+
+def in_words(name: str) -> str:
+    return name.replace(", ", " with ")
 
 
 def advise(net: dict, ways: dict[str, tuple[list[list[float]], float]]) -> list[str]:
@@ -219,16 +225,16 @@ def advise(net: dict, ways: dict[str, tuple[list[list[float]], float]]) -> list[
     fitting = [name for name in ways if most[name] <= net["memory"]]
     least = min(most, key=lambda name: most[name])
     if not fitting:
-        text = f"Nothing fits. {least} needs least, {most[least] / 1e9:.1f} GB: use more GPUs, or"
-        text += " divide the optimizer's state among replicas (ZeRO)."
+        text = f"Nothing fits. {in_words(least)} needs the least, {most[least] / 1e9:.1f} GB. Use"
+        text += " more GPUs, or divide the optimizer's state among replicas (ZeRO)."
     else:
         best = min(fitting, key=lambda name: (ways[name][1], most[name]))
-        text = f"Use {best}: it is the fastest that fits"
+        text = f"Use {in_words(best)}: it is the fastest that fits"
         exact = [name for name in fitting if "pipedream" not in name]
         if "pipedream" in best and exact:
             sgd = min(exact, key=lambda name: (ways[name][1], most[name]))
             slower = ways[sgd][1] / ways[best][1] - 1
-            text += f"; {sgd} takes {slower:.0%} longer, but its gradients are not stale"
+            text += f"; {in_words(sgd)} takes {slower:.0%} longer, but its gradients are not stale"
         text += "."
     if net["gpus"] == 1:
         return [text]
@@ -248,8 +254,12 @@ def advise(net: dict, ways: dict[str, tuple[list[list[float]], float]]) -> list[
 
 def describe(doc: str | None) -> str:
     """A text for --help, with all keys."""
-    values = {key: "the model's" if value is None else value for key, value in FIT.items()}
-    return f"{doc}\n" + "".join(f"    --{key} {value}\n" for key, value in values.items())
+    lines = [inspect.cleandoc(doc or ""), ""]
+    for key, value in FIT.items():
+        rest = ", ".join(choice for choice in CHOICES.get(key, ()) if choice != value)
+        default = "the model's" if value is None else "80e9" if value == 80e9 else value
+        lines.append(f"    --{key} {default}" + f"  (or {rest})" * bool(rest))
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ from torch.nn.utils import parameters_to_vector
 from pipedream_simple import (
     CAUSES,
     CONFIG,
+    RECOMPUTED,
     RULES,
     SCHEDULES,
     SUMMARY,
@@ -319,9 +320,9 @@ def check_lab_config(config: dict, rules: dict = LAB_RULES) -> None:
     check_config(config, [*LAB_SCHEDULES, "FILE.csv", *files], rules)
     halves = (per_stage(config, key) for key in ("weight_gradient_time", "backward_time"))
     if any(w and not 0.001 <= w / b <= 0.999 for w, b in zip(*halves, strict=True)):
-        what = f"weight_gradient_time={shown(config['weight_gradient_time'])} must be 0, which is"
-        times = f"backward_time={shown(config['backward_time'])}"
-        raise UserError(f"{what} half, or from 0.001 to 0.999 of {times}")
+        what = f"weight_gradient_time={shown(config['weight_gradient_time'])} must be a part of"
+        times = f"backward_time={shown(config['backward_time'])}, from 0.001 to 0.999 of it"
+        raise UserError(f"{what} {times}; 0 stands for half")
 
 
 def make_plan(config: dict) -> Plan:
@@ -642,9 +643,11 @@ def compare(config: dict, out: Path = Path()) -> None:
         if config["network"] == "residual":
             agree += map(Bytes.__eq__, meter.peak, memory_formula(plan))
     print("\n".join(["Simulated:", *format_table(simulated), "", "Trained and measured:"]))
-    print("\n".join([*format_table(measured), *reasons, COMPARE_LEGEND]))
+    again = [RECOMPUTED] * config["recompute"]
+    lines = [*format_table(measured), COMPARE_LEGEND, *again]
     if agree:
-        print(f"   Memory is as memory_formula predicts on {sum(agree)} of {len(agree)} GPUs.")
+        lines += [f"   Memory is as memory_formula predicts on {sum(agree)} of {len(agree)} GPUs."]
+    print("\n".join([*lines, *reasons]))
     print(f"\n{out / 'schedules.png'}: {figure.texts[0].get_text()}")
 
 
@@ -876,7 +879,8 @@ def why(config: dict, gpu: int | None = None, time: float | None = None) -> None
     table += [["all", *(f"{t:.7g}" for t in sums)], ["", *parts, f"{sums[-1] / over:.1%}"]]
     *lines, total, percent = format_table(table)
     print(f"{plan.name}: {over:.7g} time units, {utilization(plan.events):.1%} busy")
-    print("\n".join([*shorten(lines, 24, "GPUs"), total, percent, WHY_LEGEND, ""]))
+    again = [RECOMPUTED] * config["recompute"]
+    print("\n".join([*shorten(lines, 24, "GPUs"), total, percent, WHY_LEGEND, *again, ""]))
 
     of_stage = " (7F0: F0 on stage 7)" * (plan.config["num_stages"] > len(devices))
     table = [[f"A critical path{of_stage}", "", ""]]
@@ -889,9 +893,9 @@ def why(config: dict, gpu: int | None = None, time: float | None = None) -> None
 
 
 IN_FLIGHT_LEGEND = """\
-   limit: in_flight, the most on GPU0; on the others it falls evenly to 1.
-   *: the default, num_stages. A limit of 1 is naive. With a flush, a GPU never
-   holds more than the microbatches of one batch."""
+   limit: microbatches in flight on GPU0, at most (--in_flight). It falls evenly
+   to 1 on the last GPU. *: the default, num_stages. A limit of 1 is naive. With
+   a flush, a GPU never holds more than the microbatches of one batch."""
 
 
 def in_flight(config: dict) -> None:
@@ -916,7 +920,7 @@ def in_flight(config: dict) -> None:
         best = min(times, key=lambda limit: tick(times[limit]))
         print("\n".join([name, *format_table(table)]))
         print(f"   Fastest with a limit of {best}.\n")
-    print(IN_FLIGHT_LEGEND)
+    print("\n".join([IN_FLIGHT_LEGEND, *[RECOMPUTED] * config["recompute"]]))
 
 
 # --------------------------------------------------------------------------- export and trace
@@ -930,7 +934,7 @@ def export(config: dict, file: Path) -> None:
     sizes = count(len(rows), "GPU"), count(plan.config["num_stages"], "stage")
     print(f"{file}: {plan.name}, {', '.join(sizes)}, {count(sum(map(len, rows)), 'op')}")
     if plan.name == "pipedream":
-        print("This is one batch. With the flush that a file implies, it is 1F1B.")
+        print("The file has one batch, and then a flush. So its rows are those of 1F1B.")
 
 
 def write(path: Path, content: Callable[[Path], object], config: dict, suffix: str = "") -> None:
@@ -1041,18 +1045,32 @@ DEFAULTS = {  # of a command, where they are not CONFIG's
 }
 
 
+class Default:
+    """A value that no flag gave."""
+
+    def __init__(self, value: object):
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
 def parse_lab_config(
-    doc: str | None, argv: list | None = None, config=LAB_CONFIG, rules=LAB_RULES, other=None
+    doc: str | None,
+    argv: list | None = None,
+    config=LAB_CONFIG,
+    rules=LAB_RULES,
+    other=None,
+    command: str = "",
 ) -> tuple[dict, dict]:
     """Like parse_config. A CSV file sets num_stages and num_microbatches; flags must agree."""
     if not isinstance(config, dict):
         check_lab_config(config, rules)
     more = [f"--{key} (default {LAB_CONFIG[key]})" for key in LAB_CONFIG if key not in CONFIG]
-    doc = f"{doc}\n\nMore flags: {', '.join(more)}; see LAB_CONFIG."
-    not_given = object()
-    sizes: dict = dict.fromkeys(("num_stages", "num_microbatches"), not_given)
-    given, flags = parse_config(doc, argv, {**config, **sizes}, lambda config: None, other)
-    given = {key: value for key, value in given.items() if value is not not_given}
+    doc = f"{doc}\n\n" + textwrap.fill(f"More flags: {', '.join(more)}; see LAB_CONFIG.", 80)
+    sizes: dict = {key: Default(config.get(key)) for key in ("num_stages", "num_microbatches")}
+    given, flags = parse_config(doc, argv, {**config, **sizes}, lambda config: None, other, command)
+    given = {key: value for key, value in given.items() if not isinstance(value, Default)}
     file = file_of(given)
     sizes = sizes_of(read_csv(file)) if file else {}
     for key, size in sizes.items():
@@ -1081,7 +1099,9 @@ def main() -> None:
     if name:
         command, other = COMMANDS[name]
         config = {**LAB_CONFIG, **DEFAULTS.get(name, {})}
-        config, flags = parse_lab_config(command.__doc__, sys.argv[2:], config, other=other)
+        config, flags = parse_lab_config(
+            command.__doc__, sys.argv[2:], config, other=other, command=name
+        )
         command(config, **flags)
 
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Which cut? How many GPUs for each stage? From what the layers cost, and how fast the links are.
 
-    python pipedream_planner.py plan vgg16.txt --gpus 16 --bandwidth 3.125e9
-    python pipedream_planner.py plan vgg16.txt --gpus 8 2 --bandwidth 3e10 3.125e9
-    python pipedream_planner.py profile my.csv
-    python pipedream_planner.py plan my.csv --gpus 4 --bandwidth 1e9 --straight --memory 16e9
+    python pipedream_planner.py profile my.csv   measure a network here, layer by layer
+    python pipedream_planner.py plan my.csv --gpus 4 --bandwidth 1e9              and cut it
+    python pipedream_planner.py plan my.csv --gpus 8 2 --bandwidth 3e10 3.125e9   for 2 machines
     python pipedream_planner.py train 2-1-1      train a plan on the digits: replicas are real
     python pipedream_planner.py fit --gpus 8     does a 7B or 70B transformer fit? how fast is it?
 
-The second is about 2 machines with 8 GPUs each; the third measures a network here, and the fourth
-cuts it. COMMAND --help says more.
+COMMAND --help says more. `plan` also reads what PipeDream's own profiler wrote. Its authors
+published such files at github.com/msr-fiddle/pipedream, for VGG-16
+profiler/image_classification/profiles/vgg16/graph.txt.
 
 A pipeline is as fast as its slowest stage. A slow stage may be cut again, or replicated: with R
 replicas, each takes every R-th minibatch, and they add up their gradients (all-reduce), as in data
@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from pipedream_fit import FIT, check_fit, describe, fit
 from pipedream_lab import (
@@ -50,6 +51,7 @@ from pipedream_lab import (
 )
 from pipedream_simple import (
     CONFIG,
+    RECOMPUTED,
     Event,
     Op,
     Run,
@@ -86,12 +88,14 @@ class Layer(NamedTuple):
     name: str
     forward: float  # seconds
     backward: float  # seconds
-    activation: float  # bytes of its output, kept from its forward until its backward
+    activation: float  # bytes of its output
     weights: float  # bytes
-    sent: float | None = None  # bytes that a cut right after it sends; None: its activation
+    sent: float | None = None  # bytes that a cut right after it sends; None: its output
+    kept: float | None = None  # bytes kept from its forward until its backward; None: its output
 
 
 COLUMNS = ["layer", "forward_ms", "backward_ms", "activation_bytes", "weight_bytes"]
+KEPT = "kept_bytes"  # a column that may be missing
 KEYS = ["forward_compute_time", "backward_compute_time", "activation_size", "parameter_size"]
 AMOUNT = (float, 0, 1e18)  # of seconds or bytes; as in RULES: type, least, most
 
@@ -101,35 +105,40 @@ def read_profile(path: Path) -> list[Layer]:
 
     UserError: what is wrong with the file, and where.
     """
-    text, name = read_text(path), str(path)[-200:]
-    is_csv = [cell.strip() for cell in text.partition("\n")[0].split(",")] == COLUMNS
-    layers = read_chain(read_cells(text, path), name) if is_csv else read_graph(text, name)
+    text, name = read_text(path).strip(), str(path)[-200:]
+    is_graph = " -- " in text.partition("\n")[0]
+    layers = read_graph(text, name) if is_graph else read_chain(read_cells(text, path), name)
     if not layers:
         raise UserError(f"{name} has no layers")
     return layers
 
 
 def read_layer(name: str, costs: dict[str, str], place: str) -> Layer:
-    """A Layer from four texts: two times in ms, two sizes. A list, [8; 4], is added up."""
+    """A Layer from texts: two times in ms, then sizes. A list, [8; 4], is added up."""
     amounts = []
     for what, text in costs.items():
         values = [parse_value(part) for part in text.strip("[] ").split(";")]
         for value in values:
             check_value(f"{place}: {what}", value, AMOUNT)
         amounts.append(sum(map(float, values)))  # type: ignore[arg-type]
-    forward, backward, activation, weights = amounts
-    return Layer(name, forward / 1000, backward / 1000, activation, weights)
+    forward, backward, activation, weights, *kept = amounts
+    layer = Layer(name, forward / 1000, backward / 1000, activation, weights)
+    return layer._replace(kept=kept[0]) if kept else layer
 
 
 def read_chain(lines: list[list[str]], name: str) -> list[Layer]:
     """The layers of a CSV file, in which each feeds the next one."""
     layers = []
-    for number, cells in enumerate(lines[1:], start=2):
+    header, *rows = [[cell.strip() for cell in line] for line in lines] or [[]]
+    if header not in (COLUMNS, [*COLUMNS, KEPT], []):
+        rule = f"a CSV file's is {','.join([*COLUMNS, KEPT])}, the last one optional"
+        raise UserError(f"{name}, line 1, is {shown(','.join(header))}: {rule}")
+    for number, cells in enumerate(rows, start=2):
         place = f"{name}, line {number}"
-        if cells and len(cells) != len(COLUMNS):
-            raise UserError(f"{place} has {count(len(cells), 'cell')}, not {len(COLUMNS)}")
+        if cells and len(cells) != len(header):
+            raise UserError(f"{place} has {count(len(cells), 'cell')}, not {len(header)}")
         if cells:
-            costs = dict(zip(COLUMNS[1:], cells[1:], strict=True))
+            costs = dict(zip(header[1:], cells[1:], strict=True))
             layers.append(read_layer(cells[0], costs, place))
     return layers
 
@@ -273,21 +282,35 @@ def time_message(num_bytes: int) -> tuple[float, str]:
 
 
 def describe_layers(config: dict) -> list[list]:
-    """Name, bytes of the output for a microbatch, and bytes of the weights of every layer."""
-    x, found = torch.empty(microbatch_size(config), 64, device="meta"), []
+    """Name of every layer, and bytes of its output, of its weights and of what a backward needs.
+
+    The first and the last are for a microbatch. What a forward keeps for its backward is counted
+    as storages that autograd saves, each once, and weights not at all.
+    """
+    device, found = choose_device(config["device"]), list[list]()
+    x = torch.zeros(microbatch_size(config), 64, device=device)
     for layer in itertools.chain.from_iterable(stage.children() for stage in build_stages(config)):
-        x = layer.to("meta")(x)
+        saved: set = set()
+
+        def note(tensor: Tensor, saved: set = saved) -> Tensor:
+            saved.add(tensor.untyped_storage())
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            x = layer.to(device)(x.detach().requires_grad_(bool(found)))
         parts = layer if isinstance(layer, nn.Sequential) else [layer]
         name = "+".join(type(part).__name__ for part in parts)
-        found.append([name, x.nbytes, sum(w.nbytes for w in layer.parameters())])
+        saved -= {w.untyped_storage() for w in layer.parameters()}
+        weights, kept = sum(w.nbytes for w in layer.parameters()), sum(s.nbytes() for s in saved)
+        found.append([name, x.nbytes, weights, kept])
     return found
 
 
 def profile(config: dict, file: Path | None = None) -> None:
     """Measure layers, stages and a message here. What would each schedule reach with these times?
 
-    Given a file name, my.csv, it writes the layers for `plan my.csv`, which calls a microbatch a
-    minibatch. The network is the transformer, unless --network says residual.
+    With a file name, my.csv, it also writes what `plan my.csv` reads, which calls a microbatch a
+    minibatch.
     """
     config = {**LAB_CONFIG, **config}
     layers, num_stages = describe_layers(config), config["num_stages"]
@@ -297,26 +320,30 @@ def profile(config: dict, file: Path | None = None) -> None:
     message, reason = time_message(sent) if num_stages > 1 else (0.0, "there is one stage")
     if file:
         forward, backward, _ = of_layers.values()
-        rows = zip(layers, forward, backward, strict=True)
-        lines = [f"{name},{f:.6g},{b:.6g},{out},{weights}" for (name, out, weights), f, b in rows]
-        text = "\n".join([",".join(COLUMNS), *lines, ""])
+        lines = [",".join([*COLUMNS, KEPT])]
+        for (name, *sizes), f, b in zip(layers, forward, backward, strict=True):
+            lines.append(",".join([name, f"{f:.6g}", f"{b:.6g}", *map(str, sizes)]))
+        text = "\n".join([*lines, ""])
         write(file, lambda part: part.write_text(text, "utf-8"), config, ".csv")
 
     device = choose_device(config["device"])
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     images = count(microbatch_size(config), "image")
-    print(f"Measured on {where}, medians of warm runs: milliseconds for a microbatch of {images}")
+    print(f"Measured on {where}: milliseconds per microbatch of {images}, and per update")
+    print("(medians, without the first batch)\n")
     for what, times in (("layer", of_layers), ("stage", of_stages)):
         table = [[what, "forward", "backward", "update", ""]]
         for i, costs in enumerate(zip(*times.values(), strict=True)):
-            name = layers[i][0][:40] if what == "layer" else ""
+            name = layers[i][0] if what == "layer" else ""
+            name = name if len(name) <= 40 else name[:37] + "..."
             table.append([str(i), *(f"{cost:.3f}" for cost in costs), name])
         print("\n".join([*shorten(format_table(table), 20, f"{what}s"), ""]))
     forward, backward, update = of_stages.values()
     both = [f + b for f, b in zip(forward, backward, strict=True)]
     excess = max(both) / statistics.fmean(both) - 1
     if num_stages > 1:
-        print(f"Bottleneck: stage {both.index(max(both))}, {excess:.0%} slower than the mean")
+        slowest = both.index(max(both))
+        print(f"Bottleneck: stage {slowest}, which takes {excess:.0%} longer than the mean")
     print(f"A message of {sent:,} bytes between two processes: {message:.3f} ms")
     if reason:
         print(f"   Not measured, so taken as free: {reason}")
@@ -324,8 +351,8 @@ def profile(config: dict, file: Path | None = None) -> None:
     measured = {"forward_time": forward, "backward_time": backward, "comm_time": message}
     plans, reasons = all_plans({**config, **measured})
     one_gpu = config["num_microbatches"] * sum(both) + sum(update)
-    print(f"\nSimulated with these times on {count(num_stages, 'such GPU')}.")
-    table = [["schedule", "ms per batch", "busy", f"speed-up over one GPU ({one_gpu:.3g} ms)"]]
+    print(f"\nSimulated with these times on {count(num_stages, 'such device')}:")
+    table = [["schedule", "ms per batch", "busy", f"speed-up over one device ({one_gpu:.3g} ms)"]]
     for label, settings, schedule, _ in plans:
         update_time = [0.0] * settings["num_stages"]
         for milliseconds, row in zip(update, schedule, strict=True):
@@ -336,7 +363,7 @@ def profile(config: dict, file: Path | None = None) -> None:
         batch = makespan(events) / config["num_batches"]
         cells = f"{batch:.3g}", f"{utilization(events):.1%}", f"{one_gpu / batch:.2f}x"
         table.append([label, *cells])
-    print("\n".join([*format_table(table), *reasons]))
+    print("\n".join([*format_table(table), *[RECOMPUTED] * config["recompute"], *reasons]))
 
 
 # ------------------------------------------------------------------------------------- search
@@ -377,12 +404,14 @@ class Plan(NamedTuple):
 
 
 def add_up(layers: list[Layer]) -> tuple[np.ndarray, ...]:
-    """Of every possible stage of layers i to j: seconds, bytes of weights and of activations.
+    """Of every possible stage of layers i to j: seconds, bytes of weights and of what it keeps.
 
     Three arrays [i, j], with infinite seconds where j < i. And two more: the bytes that a cut
     before layer i sends, [i], and those that a cut after layer j sends, [j].
     """
-    columns = np.array([[f + b, w, a] for _, f, b, a, w, _ in layers], float).T
+    columns = np.array(
+        [[f + b, w, a if kept is None else kept] for _, f, b, a, w, _, kept in layers], float
+    ).T
     starts = np.insert(columns.cumsum(axis=1), 0, 0, axis=1)
     seconds, weights, activations = starts[:, None, 1:] - starts[:, :-1, None]
     seconds[np.tri(len(layers), k=-1, dtype=bool)] = math.inf
@@ -416,48 +445,43 @@ def count_in_flight(replicas: int, behind: int) -> int:
 
 
 def search(
-    layers, gpus, bandwidths, straight, memory, tick, slowest: float | None = None
+    layers: list[Layer], gpus, bandwidths, straight: bool, memory: float
 ) -> tuple[float, list[Stage]]:
-    """Seconds per minibatch of the fastest plan; or, given this, the fewest stages, and the plan.
+    """The fastest plan: seconds per minibatch, inf if nothing fits, and its stages.
 
     Dynamic programming from the last stage to the first. A unit is a GPU on the lowest level, then
-    a machine. best[g][i, j] is the best way to run layers i to j on g units: layers i to k on m of
-    them, as replicas of each other, and the rest in the best way on g - m. Times join by the
-    maximum, numbers of stages by the sum. A machine runs the best pipeline on its own GPUs. Which
-    one is best depends on how many machines are its replicas, and under a memory limit on how many
-    GPUs are behind it, so those are its arguments.
+    a machine. best[g][i, j] is the time of the best way to run layers i to j on g units: layers i
+    to k on m of them, as replicas of each other, and the rest in the best way on g - m. A machine
+    runs the best pipeline on its own GPUs. Which one is best depends on how many machines are its
+    replicas, and under a memory limit on how many GPUs are behind it, so those are its arguments.
 
-    Of equally good ways it takes the most replicas in front, then the most layers there. Memory is
-    O(layers^2 * units of all levels).
+    Then it takes, from the first stage on, the most replicas and then the most layers with which
+    the plan is no slower. Memory is O(layers^2 * units of all levels).
     """
-    join: Callable
-    if slowest is None:
-        join, limit, one = np.maximum, lambda seconds: seconds, 0
-    else:
-        join, limit, one = np.add, lambda seconds: np.where(seconds <= slowest, 0, math.inf), 1
-    num_layers, num_levels = len(layers), len(gpus)
+    num_layers, num_levels, limited = len(layers), len(gpus), memory < math.inf
     seconds, weights, activations, before, after = add_up(layers)
     busier_link = np.maximum.outer(before, after)
 
-    def divide(levels: tuple, behind: int, g: int, m: int) -> tuple[tuple, int, float]:
-        """For m of g units: the levels, the GPUs behind, seconds to send a byte and one back."""
+    def divide(levels: tuple, behind: int, g: int, m: int) -> tuple[tuple, int]:
+        """For m of g units: the replicas per level, and the GPUs behind."""
         level = num_levels - len(levels) - 1
         behind += (g - m) * math.prod([*gpus[:level], *levels])
-        return (m, *levels), behind, 2 / (bandwidths[level] * m * math.prod(levels))
+        return (m, *levels), behind
+
+    def to_send(levels: tuple) -> float:
+        """Seconds for a byte and one back, over the links of units that are replicas."""
+        return 2 / (bandwidths[num_levels - len(levels)] * math.prod(levels))
 
     @functools.lru_cache(sum(gpus))
     def on_replicas(levels: tuple, behind: int) -> np.ndarray:
         """[i, j]: the best way to run layers i to j on units that are replicas of each other."""
         if len(levels) < num_levels:
-            return best_ways(levels, behind)[-1][:-1]
-        both = sum(replicate(seconds, weights, levels, bandwidths))
-        kept = count_in_flight(math.prod(levels), behind) * (weights + activations)
-        return np.where(kept <= memory, limit(both) + one, math.inf)
-
-    def front(levels: tuple, behind: int, per_byte: float) -> np.ndarray:
-        """The same with transfers: each unit has its own links."""
-        inside = on_replicas(levels, behind if memory < math.inf else 0)
-        return join(inside, limit(per_byte * busier_link))
+            inside = best_ways(levels, behind)[-1][:-1]
+        else:
+            kept = count_in_flight(math.prod(levels), behind) * (weights + activations)
+            inside = sum(replicate(seconds, weights, levels, bandwidths))
+            inside = np.where(kept <= memory, inside, math.inf)
+        return np.maximum(inside, to_send(levels) * busier_link)
 
     def best_ways(levels: tuple, behind: int) -> list[np.ndarray]:
         """best for the units of a unit of the level above. best[0][j + 1, j]: nothing is left."""
@@ -466,13 +490,12 @@ def search(
         for g in range(1, gpus[num_levels - len(levels) - 1] + 1):
             best.append(np.full(shape, math.inf))
             for m in range(1, 2 if straight else g + 1):
-                ways = front(*divide(levels, behind, g, m))
+                inner, later = divide(levels, behind, g, m)
+                ways = on_replicas(inner, later * limited)
                 for j in range(num_layers) if levels else [num_layers - 1]:
                     column = best[g][: j + 1, j]
-                    joined = join(ways[: j + 1, : j + 1], best[g - m][1 : j + 2, j])
+                    joined = np.maximum(ways[: j + 1, : j + 1], best[g - m][1 : j + 2, j])
                     np.minimum(column, joined.min(axis=1), out=column)
-                if len(levels) == num_levels - 1:
-                    tick()
         return best
 
     def stages(best, levels, behind, i, j, received, sent) -> Iterator[Stage]:
@@ -480,11 +503,10 @@ def search(
         start, g = i, len(best) - 1
         while g:
             for m, k in itertools.product(range(1 if straight else g, 0, -1), range(j, i - 1, -1)):
-                inner, later, per_byte = divide(levels, behind, g, m)
-                way = join(front(inner, later, per_byte)[i, k], best[g - m][k + 1, j])
-                if way == best[g][i, j]:
+                inner, later = divide(levels, behind, g, m)
+                if max(on_replicas(inner, later * limited)[i, k], best[g - m][k + 1, j]) <= slowest:
                     break
-            ends = per_byte * before[i], per_byte * after[k]
+            ends = to_send(inner) * before[i], to_send(inner) * after[k]
             ends = max(ends[0], received * (i == start)), max(ends[1], sent * (k == j))
             if len(inner) < num_levels:
                 yield from stages(best_ways(inner, later), inner, later, i, k, *ends)
@@ -497,8 +519,11 @@ def search(
             i, g = k + 1, g - m
 
     best = best_ways((), 0)
-    found = [] if slowest is None else stages(best, (), 0, 0, num_layers - 1, 0, 0)
-    return float(best[-1][0, -1]), [*found]
+    fastest = float(best[-1][0, -1])
+    # Sums differ in their last digits: times that differ by less than a billionth are equal.
+    slowest = fastest * (1 + 1e-9)
+    found = stages(best, (), 0, 0, num_layers - 1, 0, 0) if fastest < math.inf else []
+    return fastest, [*found]
 
 
 def best_plan(
@@ -507,9 +532,8 @@ def best_plan(
     bandwidths: list[float],
     straight: bool = False,
     memory: float | None = None,
-    progress: Callable[[float], None] = lambda share: None,
 ) -> Plan:
-    """The plan whose slowest stage is fastest; of equally fast ones, one with the fewest stages.
+    """The plan whose slowest stage is fastest; of equally fast ones, the most replicas in front.
 
     gpus and bandwidths have an entry per level: 8 GPUs in a machine, 2 machines; bytes per second
     of a GPU's link and of a machine's, both directions together. straight: one GPU per stage.
@@ -517,8 +541,9 @@ def best_plan(
 
         in flight * (weights + activations),  in flight = ceil(GPUs from it on / its replicas)
 
-    where activations are the outputs of its layers. (Gradients and the optimizer's state are left
-    out.) progress is told the share that is done. UserError: an invalid argument, or nothing fits.
+    where activations are what its layers keep for a backward, or their outputs where that is not
+    known. (Gradients and the optimizer's state are left out.) UserError: an invalid argument, or
+    nothing fits.
 
     PipeDream's planner (SOSP 2019, section 3.1). Times are per minibatch, so replicas divide them.
     A cut sends activations, and gradients of the same size back, over the links of every level that
@@ -526,19 +551,11 @@ def best_plan(
     the network divide it among their GPUs in the same way.
     """
     check_request(layers, gpus, bandwidths, straight, memory)
-    steps = [n if straight else n * (n + 1) // 2 for n in gpus]
-    searched = [n if memory is None else step for n, step in zip(gpus[1:], steps[1:], strict=True)]
-    ticks, all_ticks = itertools.count(1), 2 * steps[0] * math.prod(searched)
-
-    def tick() -> None:
-        progress(min(1.0, next(ticks) / all_ticks))
-
-    request = layers, gpus, bandwidths, straight, math.inf if memory is None else memory, tick
-    seconds, _ = search(*request)
+    limit = math.inf if memory is None else memory
+    seconds, stages = search(layers, gpus, bandwidths, straight, limit)
     if seconds == math.inf:
-        raise UserError(f"nothing fits: every plan has a GPU that must keep more than {memory=}")
-    # Sums differ in their last digits: times that differ by less than a billionth are equal.
-    _, stages = search(*request, seconds * (1 + 1e-9))
+        most = f"{limit / 1e9:g} GB"
+        raise UserError(f"nothing fits: every plan has a GPU that must keep more than {most}")
     one_gpu = sum(layer.forward + layer.backward for layer in layers)
     weights = sum(layer.weights for layer in layers)
     return Plan(stages, one_gpu, sum(replicate(one_gpu, weights, tuple(gpus), bandwidths)))
@@ -546,7 +563,19 @@ def best_plan(
 
 LEVEL = {"gpus": (int, 1, 10_000), "bandwidth": (float, 1, 1e18)}  # as in RULES
 MOST_SIMULATED = 300_000  # minibatches * stages
-MOST = 100_000_000  # layers * layers * GPUs: the numbers that a search keeps
+MOST_KEPT = 100_000_000  # layers * layers * GPUs: the numbers that a search keeps
+MOST_STEPS = 20_000_000_000  # of count_steps: half a minute
+
+
+def count_steps(num_layers: int, gpus, straight: bool, limited: bool) -> int:
+    """The numbers that a search goes through; each of its calls of NumPy counts as 5,000."""
+    steps, times = 0, 1
+    for level in reversed(range(len(gpus))):
+        divided = gpus[level] if straight else gpus[level] * (gpus[level] + 1) // 2
+        columns = 1 if level == len(gpus) - 1 else num_layers
+        steps += times * divided * columns * (num_layers**2 + 5_000)
+        times *= divided if limited else gpus[level]
+    return steps
 
 
 def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory) -> None:
@@ -557,9 +586,8 @@ def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory)
         for value in values:
             check_value(key, value, LEVEL[key])
     if len(gpus) != len(bandwidths):
-        raise UserError(
-            f"gpus={gpus} has other levels than bandwidth={bandwidths}: each needs both"
-        )
+        sizes = f"gpus has {count(len(gpus), 'level')}, bandwidth {len(bandwidths)}"
+        raise UserError(f"{sizes}: each level needs both")
     if memory is not None:
         check_value("memory", memory, LEVEL["bandwidth"])
     for layer in layers:
@@ -572,9 +600,10 @@ def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory)
     if straight and num_gpus > num_layers:
         stages = f"{count(num_layers, 'layer')} cannot be cut into {num_gpus} stages"
         raise UserError(f"{stages}: use fewer GPUs, or replicas (without straight)")
-    if num_layers**2 * num_gpus > MOST:
-        what = f"layers * layers * GPUs is {num_layers**2 * num_gpus:,}"
-        raise UserError(f"{what}: at most {MOST:,} fit")
+    steps = count_steps(num_layers, gpus, straight, memory is not None)
+    if steps > MOST_STEPS or num_layers**2 * num_gpus > MOST_KEPT:
+        what = f"{count(num_layers, 'layer')} on {count(num_gpus, 'GPU')}"
+        raise UserError(f"{what} would take minutes to plan: use fewer GPUs, or join layers")
 
 
 # --------------------------------------------------------------------------------------- plan
@@ -582,11 +611,17 @@ def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory)
 
 TIMES = ["computing", "all-reduce", "transfer"]
 PLAN_LEGEND = """\
-   Milliseconds per minibatch. A stage takes its computing and its all-reduce,
-   or its transfer if that is longer; * is the slowest stage. versions: of the
-   weights, one for each minibatch in flight. GB: weight versions and outputs of
-   layers on each of the stage's GPUs. (A real layer keeps several times its
-   output, and gradients and the optimizer's state come on top.)"""
+   Milliseconds per minibatch. in all: computing and all-reduce, or transfer if
+   that takes longer; * is the slowest stage. versions: of the weights, one per
+   minibatch in flight. GB, on each GPU of the stage: weight versions, and per
+   minibatch in flight """
+KEPT_LEGEND = """\
+what the layers keep for its backward. Gradients and
+   the optimizer's state come on top."""
+OUTPUT_LEGEND = """\
+the outputs of the layers, as the profile has no
+   kept_bytes. A real layer keeps several times its output; gradients and the
+   optimizer's state come on top."""
 
 
 def format_plan(plan: Plan, layers: list[Layer]) -> str:
@@ -598,16 +633,16 @@ def format_plan(plan: Plan, layers: list[Layer]) -> str:
         times = stage.compute, stage.all_reduce, stage.transfer, stage.seconds
         row = [f"{number}{' *' * (stage is plan.slowest)}", "x".join(map(str, stage.levels))]
         row += [f"{stage.first}-{stage.last}", *(f"{1000 * time:.4g}" for time in times)]
-        table.append([*row, str(stage.in_flight), f"{stage.bytes / 1e9:.3f}"])
-        name = textwrap.shorten(layers[stage.last].name, 32, placeholder=" ...")
-        sent = f"{sent_after(layers[stage.last]) / 1e6:.3g} MB each way"
+        table.append([*row, str(stage.in_flight), f"{stage.bytes / 1e9:.4g}"])
+        name = layers[stage.last].name.partition("(")[0][:40]
+        sent = f"{sent_after(layers[stage.last]) / 1e6:.5g} MB each way"
         cuts.append(f"   after layer {stage.last}, {name}: {sent}")
     lines = [
         f"Plan: {'-'.join(str(stage.replicas) for stage in plan.stages)}",
-        f"Slowest: {seconds:.9f} s per minibatch",
+        f"Slowest stage: {seconds:.9f} s per minibatch",
         "",
         *shorten(format_table(table), 40, "stages"),
-        PLAN_LEGEND,
+        PLAN_LEGEND + (OUTPUT_LEGEND if layers[0].kept is None else KEPT_LEGEND),
         *["   4x2: 4 GPUs in each of 2 machines."] * (len(plan.stages[0].levels) > 1),
         *(["Cuts:", *shorten(cuts[:-1], 12, "cuts")] if len(cuts) > 1 else []),
         f"NOAM: {plan.stages[0].in_flight} (minibatches in flight on each GPU of stage 0)",
@@ -623,14 +658,22 @@ def explain(plan: Plan) -> str:
     """What the plan means: its bottleneck, and whether a pipeline is worth it."""
     slowest, seconds = plan.slowest, plan.slowest.seconds
     times = slowest.compute, slowest.all_reduce, slowest.transfer * (slowest.transfer == seconds)
-    what = f"{max(times) / seconds:.0%} of its time is {TIMES[times.index(max(times))]}."
-    if len(plan.stages) == 1:
-        text = "Data parallelism is the best plan: every GPU holds the whole network, and no cut "
-        text += f"would make it faster; {what}"
+    share, what = max(times) / seconds, TIMES[times.index(max(times))]
+    if slowest.replicas == len(plan.stages) == 1:
+        text = "One GPU needs no plan."
+    elif len(plan.stages) == 1:
+        text = "Data parallelism is the best plan: every GPU holds the whole network. It spends "
+        text += f"{share:.0%} of its time on {what}."
     else:
-        text = f"The bottleneck is stage {plan.stages.index(slowest)}: {what} Data parallelism "
-        slower = f"alone takes {plan.data_parallel / seconds:.2f} times as long."
-        text += slower if plan.data_parallel > seconds else "would be faster, but is ruled out."
+        most = f"which spends {share:.0%} of its time on" if share < 0.995 else "limited by"
+        text = f"The bottleneck is stage {plan.stages.index(slowest)}, {most} {what}. Data "
+        slower = plan.data_parallel / seconds
+        if slower < 1:
+            text += "parallelism would be faster, but is ruled out."
+        elif slower < 1.005:
+            text += "parallelism alone is as fast."
+        else:
+            text += f"parallelism alone takes {slower:.2f} times as long."
     return text + " One GPU alone would be faster." * (plan.one_gpu < seconds)
 
 
@@ -641,40 +684,31 @@ def plan(
     bandwidth: list,
     straight: bool = False,
     memory: float | None = None,
-    out: Path | None = None,
 ) -> None:
     """Where to cut a network, and how many GPUs each stage gets, for the fastest pipeline.
 
-    It reads a profile of PipeDream, or a CSV file whose first line is
-    layer,forward_ms,backward_ms,activation_bytes,weight_bytes
+    PROFILE is a CSV file, such as `profile` writes, or a file of PipeDream's profiler. The CSV
+    file's first line is layer,forward_ms,backward_ms,activation_bytes,weight_bytes,kept_bytes;
+    the last column, what a layer keeps for its backward, may be missing: then it is its output.
     """
     layers = read_profile(profile)
-    due = time.monotonic() + 2
-
-    def progress(share: float) -> None:
-        nonlocal due
-        if time.monotonic() > due:
-            print(f"searched {share:.0%}", file=sys.stderr, flush=True)
-            due += 2
-
-    found = best_plan(layers, gpus, bandwidth, straight, memory, progress)
+    found = best_plan(layers, gpus, bandwidth, straight, memory)
     print(format_plan(found, layers))
     try:
-        events, seconds = simulate_plan(found, layers)
+        seconds = simulate_plan(found, layers)
     except UserError as error:
-        if out:
-            raise UserError(f"no plan.png: {error}") from None
-        print(f"Not simulated: {error}")
+        print(f"Not simulated: {error}.")
         return
     promised = max(stage.compute + stage.all_reduce for stage in found.stages)
-    text = f"Simulated with 1F1B-RR and free messages: {seconds:.9f} s per minibatch once the "
-    text += f"pipeline is full, {seconds / promised:.3f} times what the plan promises without them."
-    if seconds > 1.001 * promised:
+    text = f"Simulated (1F1B-RR, full pipeline, free messages): {seconds:.9f} s per minibatch, "
+    same = seconds <= 1.001 * promised
+    text += "as" if same else f"{seconds / promised:.2f} times as long as"
+    text += " the plan promises" + " without transfers" * (promised < found.slowest.seconds) + "."
+    if not same:
         text += " This schedule does not keep the slowest stage busy all the time."
+        if found.slowest.seconds < found.data_parallel < seconds:
+            text += " So here data parallelism is faster."
     print(textwrap.fill(text, 80))
-    if out:
-        name = "-".join(str(stage.replicas) for stage in found.stages)
-        draw_timeline(f"Plan {name}: {seconds:.4g} s per minibatch", events, out)
 
 
 # ----------------------------------------------------------------------------------- replicas
@@ -701,8 +735,8 @@ def replicated(replicas: list[int], num_microbatches: int, num_batches: int) -> 
             yield [(stage, kind, m * copies + replica) for _, kind, m in row]
 
 
-def simulate_plan(plan: Plan, layers: list[Layer]) -> tuple[list[Event], float]:
-    """1F1B-RR with the plan's times in ms, messages free; and its seconds per minibatch.
+def simulate_plan(plan: Plan, layers: list[Layer]) -> float:
+    """Seconds per minibatch of 1F1B-RR with the plan's times, messages free.
 
     A batch is as many minibatches as the replicas share evenly, and its update takes all-reduce's
     time for as many. Counted in the middle third of a run, where the pipeline is full.
@@ -711,7 +745,7 @@ def simulate_plan(plan: Plan, layers: list[Layer]) -> tuple[list[Event], float]:
     batch, num_stages = math.lcm(*replicas), len(replicas)
     num_batches = 3 * math.ceil(4 * sum(replicas) / batch) + 6
     if sum(replicas) > 256 or batch * num_batches * num_stages > MOST_SIMULATED:
-        raise UserError("a run with so many GPUs or such replicas is too long")
+        raise UserError("with so many GPUs, or such replicas, the run is too long")
     of = [layers[stage.first : stage.last + 1] for stage in plan.stages]
     config = {
         "num_stages": num_stages,
@@ -727,28 +761,7 @@ def simulate_plan(plan: Plan, layers: list[Layer]) -> tuple[list[Event], float]:
         if op.kind == "U":
             done[op.version] = max(done.get(op.version, 0), end)
     first, last = num_batches // 3, 2 * num_batches // 3
-    return events, (done[last] - done[first]) / (1000 * batch * (last - first))
-
-
-def draw_timeline(title: str, events: list[Event], out: Path) -> None:
-    """Write plan.png: the lanes of all GPUs until the first batches are done."""
-    import pipedream_visual as visual
-
-    events = visual.rounded(events)
-    num_devices = 1 + max(event.device for event in events)
-    until = max(end for op, *_, end in events if op.kind == "U" and op.version < 3)
-    width = visual.LEFT + visual.plot_width(events, until) + visual.RIGHT
-    lane, top = min(60, 2400 / num_devices), 3 * visual.LINE
-    lines = ["One lane per GPU; black: all-reduce and update. Simulated, the first 3 batches."]
-    with visual.house_style():
-        figure = visual.new_picture(width, top + lane * num_devices + 110, title, lines)
-        axes = visual.add_lanes(figure, top, lane * num_devices, num_devices, until)
-        shown = [event for event in events if event.start < until]
-        visual.draw_ops(axes, shown, stages=True)
-        boxes = [(e.start, e.end, e.device, 0.06, 0.94) for e in shown if e.op.kind == "U"]
-        visual.add_boxes(axes, boxes, facecolors=visual.INK, edgecolors=visual.INK, linewidths=2)
-        visual.add_legend(figure, [event.op for event in shown], [visual.IDLE])
-        visual.save({out / "plan.png": figure.savefig})
+    return (done[last] - done[first]) / (1000 * batch * (last - first))
 
 
 class Replicas(nn.Module):
@@ -792,17 +805,20 @@ class ReplicatedWorker(Worker):
             self.missing = self.number
 
 
-def train_plan(config: dict, replicas: str, out: Path | None = None) -> None:
+def train_plan(config: dict, replicas: str) -> None:
     """Train a plan such as 2-1-1 on the digits: the first stage on two GPUs that take turns.
 
     Real arithmetic on one device, simulated time; each replica has weights of its own.
     """
-    numbers = [parse_value(number) for number in replicas.split("-")]
-    run, schedule, events = train_replicated(config, numbers)  # type: ignore[arg-type]
+    if not re.fullmatch(r"\d{1,9}(-\d{1,9})*", replicas):
+        raise UserError(f"PLAN={shown(replicas)} must be the GPUs of each stage, such as 2-1-1")
+    run, schedule, events = train_replicated(config, [*map(int, replicas.split("-"))])
     for gpu, row in enumerate(shorten(schedule, 16, "GPUs") if config["verbose"] else []):
         ops = row if isinstance(row, str) else " ".join(f"{op.kind}{op.microbatch}" for op in row)
         name = f"GPU{gpu} (stage {row[0].stage}): " if ops is not row else ""
         print(textwrap.shorten(name + ops, 80, placeholder=" ..."))
+    if config["verbose"]:
+        print("   F0: forward of microbatch 0; B0: its backward; U: weight update")
     time, used = makespan(events), utilization(events)
     apart = [differences(weights) for weights in run.weights]
     print(
@@ -812,8 +828,8 @@ def train_plan(config: dict, replicas: str, out: Path | None = None) -> None:
         f"Weight versions per stage: {format_per_gpu(run.peak_versions)}\n"
         f"Largest difference between the weights of two replicas: {max(apart):g}"
     )
-    if out:
-        draw_timeline(f"Plan {replicas}: {used:.1%} utilization", events, out)
+    if config["recompute"]:
+        print(RECOMPUTED)
 
 
 def differences(weights: Weights) -> float:
@@ -831,7 +847,7 @@ def train_replicated(
     UserError: replicas that are not numbers, or do not share num_microbatches evenly.
     """
     for number in replicas:
-        check_value("a stage's replicas", number, (int, 1, 64))
+        check_value("replicas", number, (int, 1, 64))
         if config["num_microbatches"] % number:
             microbatches = f"num_microbatches={config['num_microbatches']}"
             raise UserError(f"{microbatches} must be a multiple of {number}, a stage's replicas")
@@ -852,7 +868,6 @@ def train_replicated(
 # --------------------------------------------------------------------------------------- main
 
 LEVELS = {"nargs": "+", "type": parse_value, "required": True}
-OUT = {"type": Path, "metavar": "DIR", "help": "folder for plan.png, the timeline"}
 TRAIN = {key: CONFIG[key] for key in CONFIG if key not in ("num_stages", "schedule")}
 MEASURED = {"schedule", "forward_time", "backward_time", "comm_time", "verbose"}
 PROFILE = {k: LAB_CONFIG[k] for k in LAB_CONFIG if k not in MEASURED} | {"network": "transformer"}
@@ -870,17 +885,20 @@ COMMANDS: dict[str, tuple[Callable, dict, Callable, dict]] = {  # function, keys
         {
             "profile": {"type": Path, "metavar": "PROFILE"},
             "--gpus": {**LEVELS, "metavar": "N", "help": "GPUs; or GPUs per machine, machines"},
-            "--bandwidth": {**LEVELS, "metavar": "B", "help": "bytes per second, one per level"},
+            "--bandwidth": {
+                **LEVELS,
+                "metavar": "B",
+                "help": "bytes per second of a GPU's link; then of a machine's",
+            },
             "--straight": {"action": "store_true", "help": "one GPU per stage"},
             "--memory": {"type": parse_value, "metavar": "BYTES", "help": "of each GPU"},
-            "--out": OUT,
         },
     ),
     "train": (
         train_plan,
         TRAIN,
         lambda config: None,
-        {"replicas": {"metavar": "PLAN"}, "--out": OUT},
+        {"replicas": {"metavar": "PLAN", "help": "GPUs of each stage: 2-1-1"}},
     ),
     "fit": (fit, FIT, check_fit, {}),
 }
@@ -891,7 +909,7 @@ def main() -> None:
     if name:
         command, keys, check, other = COMMANDS[name]
         text = describe(command.__doc__) if command is fit else command.__doc__
-        config, flags = parse_config(text, sys.argv[2:], keys, check, other)
+        config, flags = parse_config(text, sys.argv[2:], keys, check, other, name)
         command(config, **flags)
 
 

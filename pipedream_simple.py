@@ -24,6 +24,7 @@ import codecs
 import contextlib
 import difflib
 import gc
+import inspect
 import io
 import itertools
 import math
@@ -62,7 +63,7 @@ CONFIG = {
     "momentum": 0,  # 0.9: also repeats 0.9 of the last update; divide learning_rate by ten
     "seed": 0,  # same seed, same weights and same batches, to the bit
     "device": "auto",  # auto (a GPU if there is one), cpu, cuda, cuda:1 or mps
-    "network": "residual",  # or transformer: each image as 64 tokens, attention between them
+    "network": "residual",  # residual, or transformer: an image as 64 tokens, with attention
     "schedule": "pipedream",  # naive, gpipe, 1f1b or pipedream
     "weight_stashing": True,  # False: a backward may meet newer weights than its forward did
     "vertical_sync": False,  # True: every stage uses the version that stage 0 used (pipedream)
@@ -1074,7 +1075,9 @@ def format_loss(batch: int, losses: list[float]) -> str:
     return f"Batch {batch + 1}: Loss {losses[batch]:.4f} (weights v{batch} → v{batch + 1})"
 
 
-def format_measures(events: list[Event], runs: Runs, run: Run, audit: Audit) -> str:
+def format_measures(
+    events: list[Event], runs: Runs, run: Run, audit: Audit, recompute: bool = False
+) -> str:
     """What the simulated GPUs did with their time and memory, and what the training reached."""
     time, one_by_one = makespan(events), makespan(runs["naive"][1])
     stages = range(len(run.peak_versions))
@@ -1083,6 +1086,7 @@ def format_measures(events: list[Event], runs: Runs, run: Run, audit: Audit) -> 
         f"Makespan: {time:.10g} time units (naive, one microbatch at a time: {one_by_one:.10g})",
         f"GPU utilization: {utilization(events):.1%}, bubble (idle): {1 - utilization(events):.1%}",
         f"Busy, GPU by GPU: {format_per_gpu([f'{part:.0%}' for part in busy], 12)}",
+        *[RECOMPUTED] * recompute,
         f"Weight versions in memory, at most, counted: {format_per_gpu(run.peak_versions, 12)}",
     ]
     if audit.error:
@@ -1097,6 +1101,7 @@ def format_measures(events: list[Event], runs: Runs, run: Run, audit: Audit) -> 
     return "\n".join(lines)
 
 
+RECOMPUTED = "   Busy time includes the forwards that recompute runs a second time."
 GRADIENT_ERROR = """\
    |gradient - true| / |true|, true being backpropagation on the weights that
    the forward read. An update between forward and backward, on this stage or a
@@ -1294,21 +1299,29 @@ def parse_config(
     config: dict = CONFIG,
     check: Callable[[dict], None] = check_config,
     other: dict[str, dict] | None = None,
+    command: str = "",
 ) -> tuple[dict, dict]:
     """config with the flags of the command line on top, checked; and what other flags said.
 
     other: name of a flag or an argument -> what argparse's add_argument wants to know of it.
+    command: of a script with several, for the line on usage.
     """
     if not isinstance(config, dict):
         check_config(config)  # says so
     source = Path(__file__).read_text("utf-8", "replace")
     block = re.search(r"\nCONFIG = \{.*?\n\}", source, re.S)
-    lines = (block[0] if block else "").splitlines()
-    named = [(re.match(r' +"(\w+)":', line), line) for line in lines]
-    shown_keys = "\n".join(line for key, line in named if not key or key[1] in config)
-    keys = f"Each of these keys is also a flag: --num_batches 8.\n{shown_keys}"
+    lines = []
+    for line in (block[0] if block else "").splitlines():
+        parts = re.match(r'( +"(\w+)": )(.*?)(,(?:  #.*)?)$', line)
+        if parts and parts[2] in config:  # with the default of this command
+            value = repr(config[parts[2]]).replace("'", '"')
+            lines.append(f"{parts[1]}{value}{parts[4]}")
+        elif not parts:
+            lines.append(line)
+    keys = "\n".join(["Each of these keys is also a flag: --num_batches 8.", *lines])
     parser = argparse.ArgumentParser(
-        description=doc,
+        prog=f"{Path(sys.argv[0]).name} {command}".strip(),
+        description=inspect.cleandoc(doc or ""),
         epilog=keys if "seed" in config else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -1366,7 +1379,7 @@ def main() -> None:
         print(f"\nTraining results ({count(num_batches, 'batch')}):")
         print("\n".join(f"- {format_loss(b, run.losses)}" for b in batches_shown(num_batches)))
     print("\n📊 WHAT THE SIMULATION MEASURED")
-    print(format_measures(events, runs, run, audit))
+    print(format_measures(events, runs, run, audit, config["recompute"]))
     print("\n📊 ALL SCHEDULES AT THIS CONFIG")
     print(format_comparison(config, runs))
     print("\n" + format_next_steps(config))

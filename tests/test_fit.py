@@ -230,9 +230,13 @@ def test_the_advice_follows_from_the_table(flags, capsys):
     text = " ".join(out.split())
     if not fitting:
         least = min(found, key=lambda name: found[name][1][-2])
-        assert f"Nothing fits. {least} needs least, {found[least][1][-2]:.1f} GB" in text
+        least_in_words = least.replace(", recompute", " with recompute")
+        assert (
+            f"Nothing fits. {least_in_words} needs the least, {found[least][1][-2]:.1f} GB" in text
+        )
     else:
         best = min(fitting, key=lambda name: (fitting[name][-1], fitting[name][-2]))
+        best = best.replace(", recompute", " with recompute")
         assert f"Use {best}: it is the fastest that fits" in text
 
 

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pipedream_lab
 from pipedream_lab import (
     COMMANDS,
+    DEFAULTS,
     LAB_CONFIG,
     LAB_SCHEDULES,
     Bytes,
@@ -879,6 +880,21 @@ def test_a_file_says_for_how_many_gpus_and_microbatches_it_is(program, tmp_path)
         assert f"{key}={value}" in err
 
 
+@pytest.mark.parametrize("command", ["why", "in_flight", "compare"])
+def test_the_forwards_that_recompute_repeats_are_said_to_count(program, tmp_path, command):
+    sizes = ["--num_batches", 1, "--num_stages", 2, "--hidden_size", 8]
+    sizes += ["--out", tmp_path] * (command == "compare")
+    again = "Busy time includes the forwards that recompute runs a second time."
+    assert again in program(command, *sizes, "--recompute", True)[1]
+    assert again not in program(command, *sizes)[1]
+
+
+def test_a_wrong_weight_gradient_time_is_told_what_it_is_a_part_of(program):
+    _, _, err = program("why", "--weight_gradient_time", 3)
+    assert "weight_gradient_time=3 must be a part of backward_time=1, from 0.001 to" in err
+    assert "0 stands for half" in err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(monkeypatch, capsys, command):
     monkeypatch.setattr(sys, "argv", ["pipedream_lab.py", command, "--help"])
@@ -886,8 +902,10 @@ def test_every_command_has_help(monkeypatch, capsys, command):
         main()
     assert done.value.code == 0
     out = capsys.readouterr().out
+    assert out.startswith(f"usage: pipedream_lab.py {command} [-h]")
     assert "chunks_per_gpu" in out
-    assert "num_stages" in out
+    for key in ("num_stages", "num_batches"):  # with the command's own default
+        assert f'"{key}": {DEFAULTS.get(command, {}).get(key, CONFIG[key])},  #' in out
     assert COMMANDS[command][0].__doc__.split(".")[0].split("\n")[0] in out
 
 

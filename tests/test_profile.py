@@ -9,9 +9,19 @@ import torch
 from torch import multiprocessing
 
 import pipedream_planner
-from pipedream_lab import LAB_CONFIG
-from pipedream_planner import COLUMNS, main, measure_stages, read_profile, time_message
-from pipedream_simple import Worker, build_stages, run_main
+from pipedream_fit import count_activations
+from pipedream_lab import LAB_CONFIG, MemoryMeter, make_plan
+from pipedream_planner import (
+    COLUMNS,
+    KEPT,
+    best_plan,
+    describe_layers,
+    main,
+    measure_stages,
+    read_profile,
+    time_message,
+)
+from pipedream_simple import NUM_HEADS, Worker, build_stages, run_main
 
 SMALL = {**LAB_CONFIG, "hidden_size": 12, "layers_per_stage": 1, "device": "cpu"}
 FLAGS = ["--hidden_size", 12, "--num_stages", 2, "--layers_per_stage", 2, "--device", "cpu"]
@@ -93,7 +103,7 @@ def test_profile_simulates_with_what_it_measured(monkeypatch, capsys, update, me
     monkeypatch.setattr(pipedream_planner, "time_message", lambda num_bytes: (message, ""))
     pipedream_planner.profile({**SMALL, "layers_per_stage": 3, "num_batches": 1})
     out = capsys.readouterr().out
-    assert "stage 1, 60% slower than the mean" in out
+    assert "stage 1, which takes 60% longer than the mean" in out
     one_gpu = 4 * 15 + 4 * update  # 4 microbatches of 3 + 6 + 3 + 3
     assert f"({one_gpu:.3g} ms)" in out
     # In a batch that is all of the run, only stage 0 updates when the other stages are done.
@@ -112,7 +122,7 @@ def test_on_one_gpu_every_schedule_takes_all_computing_and_all_updates(monkeypat
         lambda config: {key: time * config["num_stages"] for key, time in times.items()},
     )
     pipedream_planner.profile({**SMALL, "num_stages": 1, "layers_per_stage": 3})
-    rows = capsys.readouterr().out.partition("speed-up over one GPU (15 ms)\n")[2].splitlines()
+    rows = capsys.readouterr().out.partition("speed-up over one device (15 ms)\n")[2].splitlines()
     assert len(rows) == 9
     assert all(re.search(r" 15 +100.0% +1.00x$", row) for row in rows)
 
@@ -122,7 +132,7 @@ def test_the_file_has_the_layers_and_the_planner_cuts_them(program, free_message
     status, out, err = program("profile", file, *FLAGS)
     assert (status, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
-    assert file.read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert file.read_text().splitlines()[0] == ",".join([*COLUMNS, KEPT])
     layers = read_profile(file)
     assert [layer.name.count("TransformerEncoderLayer") for layer in layers] == [1, 1, 1, 1]
     assert layers[0].name.startswith("Embedding+")
@@ -138,6 +148,39 @@ def test_the_file_has_the_layers_and_the_planner_cuts_them(program, free_message
     flags = ["--gpus", 3, "--bandwidth", 1e9, "--straight"]
     status, out, err = program("plan", file, *flags)
     assert (status, err, out.splitlines()[0]) == (0, "", "Plan: 1-1-1")
+
+
+@pytest.mark.parametrize("network", ["residual", "transformer"])
+def test_a_plan_counts_the_bytes_that_exist_while_its_stages_train(
+    program, free_messages, tmp_path, network
+):
+    """The meter counts what is alive on a GPU, also its output and what the loss needs.
+
+    (And pixels, which the transformer turns into tokens, and keeps as those.)
+    """
+    file, images = tmp_path / "my.csv", 8
+    flags = [*FLAGS, "--network", network]
+    assert program("profile", file, *flags)[0] == 0
+    layers = read_profile(file)
+    plan = best_plan(layers, [4], [1e9], straight=True)
+    sizes = {"num_stages": 4, "layers_per_stage": 1, "hidden_size": 12, "device": "cpu"}
+    one_each = {"num_microbatches": 1, "batch_size": images, "num_batches": 6, "network": network}
+    run = make_plan({**LAB_CONFIG, **sizes, **one_each})
+    meter = MemoryMeter(run.schedule)
+    meter.train(run)
+    for stage, held in zip(plan.stages, meter.peak, strict=True):
+        last = stage.last == 3
+        output = stage.in_flight * layers[stage.last].activation * (not last)
+        loss = last * (4 * images * 10 + 8 * images + 4 + 4)  # log-probabilities, labels, 2 scalars
+        pixels = (stage.first == 0 and network == "transformer") * stage.in_flight * images * 64 * 4
+        assert stage.bytes == held.weights + held.activations - output - loss - pixels
+
+
+def test_a_transformer_layer_keeps_what_the_formula_of_fit_says():
+    layers = describe_layers({**SMALL, "network": "transformer", "num_stages": 3})
+    images = SMALL["batch_size"] // SMALL["num_microbatches"]
+    formula = 4 * images * 64 * count_activations(12, NUM_HEADS, NUM_HEADS, 12, mlp=1)
+    assert layers[1][-1] == formula
 
 
 def test_the_network_may_be_the_residual_one(program, free_messages, tmp_path):

@@ -352,6 +352,12 @@ def test_the_measures_are_what_the_functions_say(program, flags):
     assert f" {naive / makespan(events):.2f}x " in out
 
 
+def test_the_forwards_that_recompute_repeats_are_said_to_count(program):
+    again = "Busy time includes the forwards that recompute runs a second time."
+    assert again in program("--recompute True --verbose False")[1]
+    assert again not in program("--verbose False")[1]
+
+
 def test_unequal_stages_are_unequally_busy(program):
     _, out, _ = program("--schedule gpipe --num_stages 2 --forward_time 1,3 --num_batches 1")
     # GPU1: 4 x (3 + 1) of 1 + 12 + 4 + 1 (the last backward returns); GPU0: 4 x (1 + 1)

@@ -133,7 +133,7 @@ def program(monkeypatch, capsys):
     return run
 
 
-def test_train_prints_what_was_trained_and_draws_it(program, tmp_path):
+def test_train_prints_what_was_trained(program):
     status, out, err = program("train", "3-1", "--num_microbatches", 3, "--batch_size", 30)
     assert (status, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
@@ -145,9 +145,6 @@ def test_train_prints_what_was_trained_and_draws_it(program, tmp_path):
         start = " ".join(f"{op.kind}{op.microbatch}" for op in row[:6])
         assert f"GPU{gpu} (stage {row[0].stage}): {start}" in out
     assert "between the weights of two replicas: 0\n" in out
-    flags = "--num_batches", 1, "--hidden_size", 8, "--out", tmp_path / "new"
-    assert program("train", "1-1", *flags)[0] == 0
-    assert (tmp_path / "new" / "plan.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_weights_that_differ_are_told_apart():
@@ -161,14 +158,26 @@ def test_a_bad_plan_gets_one_line(program, plan):
     assert (status, out, err.count("\n")) == (2, "", 1)
 
 
+@pytest.mark.parametrize("plan", ["-1", "2--1", "2-", "x", "", "1.5", "2-one"])
+def test_what_is_no_plan_is_told_what_one_looks_like(program, plan):
+    _, _, err = program("train", plan)
+    assert f"PLAN='{plan}' must be the GPUs of each stage, such as 2-1-1" in err
+
+
+def test_the_forwards_that_recompute_repeats_are_said_to_count(program):
+    flags = "--num_batches", 1, "--hidden_size", 8
+    again = "Busy time includes the forwards that recompute runs a second time."
+    assert again in program("train", "1-1", *flags, "--recompute", True)[1]
+    assert again not in program("train", "1-1", *flags)[1]
+
+
 def test_a_plan_that_is_too_long_to_simulate_is_printed_all_the_same(program, tmp_path):
     path = tmp_path / "chain.csv"
     path.write_text(",".join(COLUMNS) + "\n" + "a,1,2,3,0\n" * 4)
     status, out, err = program("plan", path, "--gpus", 300, "--bandwidth", 1e9)
-    assert status == 0
-    assert all(line.startswith("searched ") for line in err.splitlines())  # on a slow machine
+    assert (status, err) == (0, "")
     assert out.startswith("Plan: ")
-    assert "Not simulated: a run with so many GPUs" in out
+    assert "Not simulated: with so many GPUs" in out
 
 
 def chain(*costs):
@@ -182,7 +191,7 @@ def test_straight_plans_run_as_fast_as_the_planner_says():
         costs = torch.rand(3 + number % 6, 2, generator=generator) + 0.05
         layers = chain(*((f, b, 0, 0) for f, b in costs.tolist()))
         plan = best_plan(layers, [1 + number % len(layers)], [1e9], straight=True)
-        _, seconds = simulate_plan(plan, layers)
+        seconds = simulate_plan(plan, layers)
         assert seconds == pytest.approx(plan.slowest.seconds, rel=1e-9)
 
 
@@ -192,7 +201,7 @@ def test_no_plan_runs_faster_than_the_planner_says_and_data_parallelism_as_fast(
         costs = torch.rand(3 + number % 4, 3, generator=generator) + 0.05
         layers = chain(*((f, b, 0, 1e8 * w) for f, b, w in costs.tolist()))
         plan = best_plan(layers, [2 + number % 6], [1e9])
-        _, seconds = simulate_plan(plan, layers)
+        seconds = simulate_plan(plan, layers)
         promised = max(stage.compute + stage.all_reduce for stage in plan.stages)
         assert seconds >= promised * (1 - 1e-9)
         if len(plan.stages) == 1:
@@ -205,4 +214,4 @@ def test_a_plan_that_the_schedule_of_the_paper_does_not_keep_busy():
     plan = best_plan(layers, [4], [1e9])
     assert [stage.replicas for stage in plan.stages] == [1, 3]
     assert plan.slowest.seconds == pytest.approx(2)
-    assert simulate_plan(plan, layers)[1] > 2.3
+    assert simulate_plan(plan, layers) > 2.3
