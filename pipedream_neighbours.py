@@ -376,7 +376,7 @@ def draw_sweep(config: dict, ranks: list[dict[tuple, float]]):
     lines = [
         f"As the hidden size grows: {who_sends_least('hidden_size', most)}. Tensor parallel sends "
         f"less than data parallel at {' and at '.join(cheap) or 'none of these sizes'}.",
-        f"Of {config['gpus']} GPUs the one that sends most. Marks: measured. Lines: the papers.",
+        f"Of {config['gpus']} GPUs the one that sends most. Marks: measured. Lines: formulas.",
     ]
     figure = visual.new_picture(1760, 720, title, lines)
     ends = list[tuple[float, str, str]]()
@@ -442,7 +442,7 @@ def main() -> None:
             print(f"\n{path}")
         elif ranks:
             same = print_report(config, ranks)
-        sys.stdout.flush()
+        print(end="", flush=True)
     os._exit(not same)  # while Python takes itself down, a thread of gloo's may abort the process
 
 

@@ -344,84 +344,82 @@ class Known(NamedTuple):
 
 
 def known(config: dict, of_papers: dict[str, dict[str, PerGPU]]) -> dict[str, dict[str, Known]]:
-    """name -> kind -> the difference, predicted from shapes alone."""
+    """name -> kind -> the difference, predicted from shapes and from the papers' figures."""
+    return {**known_of_shards(config), **known_of_pipelines(config, of_papers)}
+
+
+def known_of_shards(config: dict) -> dict[str, dict[str, Known]]:
     num_gpus, states = config["gpus"], OPTIMIZERS[config["optimizer"]][2]
-    network = make_network(config)
-    weights, split = [*network.parameters()], 1 - 1 / num_gpus
+    network, part = make_network(config), 1 - 1 / config["gpus"]
     dealt, rows = [0.0] * num_gpus, [0.0] * num_gpus
-    for size in sorted((8 * w.numel() for w in weights), reverse=True):
+    for size in sorted((8 * w.numel() for w in network.parameters()), reverse=True):
         dealt[dealt.index(min(dealt))] += size
-    for w in weights:
+    for w in network.parameters():
         for rank, share in enumerate(w.chunk(num_gpus)):
             rows[rank] += 8 * share.numel()
-    layers, seen = list[float](), set[Tensor]()
+    layers, seen = list[int](), set[Tensor]()  # as FSDP2 gathers them: equal shares, some padded
     for layer in layers_of(network):
-        layers.append(
-            sum(
-                8 * num_gpus * w.chunk(num_gpus)[0].numel()
-                for w in layer.parameters()
-                if w not in seen
-            )
-        )
-        seen.update(layer.parameters())
-    padded, two = sum(layers), sum(sorted(layers)[-2:])
-    shard = padded / num_gpus
+        own = {*layer.parameters()} - seen
+        layers.append(8 * num_gpus * sum(w.chunk(num_gpus)[0].numel() for w in own))
+        seen |= own
+    whole, largest, two = sum(layers), max(layers), sum(sorted(layers)[-2:])
+    shard = whole / num_gpus
 
-    def same(reason: str, values: PerGPU | float) -> Known:
-        per_gpu = values if isinstance(values, list) else [values] * num_gpus
-        return Known(reason, per_gpu, per_gpu)
+    def exactly(reason: str, values: Iterable[float]) -> Known:
+        return Known(reason, [*values], [*values])
 
-    def between(reason: str, least: float, most: float) -> Known:
+    def on_all(reason: str, least: float, most: float) -> Known:
         return Known(reason, [least] * num_gpus, [most] * num_gpus)
 
-    pads = "FSDP2 pads rows that do not split evenly: the head has 10"
-    deals = "FSDP2 deals out whole rows: the head has 10"
+    reduced = "gradients are all-reduced, as in DDP, where the paper reduce-scatters them"
+    pads = "FSDP2 pads what does not split into equal rows (the head has 10)"
     also = "FSDP2 has its shard, and beside it the layers that are whole at that moment"
-    keeps = "the engine keeps what came in to the end of the step (PipeDream: of the run)"
-    sums = "one microbatch's, and the sum so far"
     fsdp2 = {
-        "optimizer": same(deals, [states * row for row in rows]),
-        "gradients": between(also, shard, shard + two),
+        "gradients": on_all(also, shard, shard + two),
+        "optimizer": exactly(
+            "FSDP2 deals out whole rows (the head has 10)", [states * row for row in rows]
+        ),
     }
-    pipeline, stages = of_papers["pipeline 1F1B"], of_papers["PipeDream"]["gradients"]
-    # a microbatch of stage s: after its forward on all later stages it is not in flight any more
-    num_microbatches = config["num_microbatches"]
-    cut = bytes_of_cut(config) / num_microbatches
-    data = 0 if config["network"] == "transformer" else cut * 64 / config["hidden_size"]
-    labels = 8 * config["batch_size"] / num_microbatches
-    came_in = [data, *[cut] * (num_gpus - 2), cut + labels]
-
-    def kept(microbatches: int) -> PerGPU:
-        late = [microbatches - num_gpus + stage for stage in range(num_gpus)]  # no more in flight
-        rows = zip(pipeline["activations"], late, came_in, strict=True)
-        return [flying + number * one for flying, number, one in rows]
-
     return {
         "ZeRO stage 1": {
-            "sent": same(
-                "gradients are all-reduced, as in DDP, where the paper reduce-scatters them",
-                3 * split * sum(rows),
-            ),
-            "optimizer": same(
-                "whole parameters are dealt out, not equal shares",
-                [states * part for part in dealt],
+            "sent": on_all(reduced, *[3 * part * sum(rows)] * 2),
+            "optimizer": exactly(
+                "whole parameters are dealt out, not equal shares", [states * w for w in dealt]
             ),
         },
         "ZeRO stage 2": {
             **fsdp2,
-            "sent": same(pads, 2 * split * padded),
-            "weights": same(also, shard + padded),
+            "sent": on_all(pads, *[2 * part * whole] * 2),
+            "weights": on_all(also, *[shard + whole] * 2),
         },
         "ZeRO stage 3": {
             **fsdp2,
-            "sent": same(pads, 3 * split * padded),
-            "weights": between(also, shard + max(layers), shard + two),
+            "sent": on_all(pads, *[3 * part * whole] * 2),
+            "weights": on_all(also, shard + largest, shard + two),
         },
-        "pipeline 1F1B": {"activations": same(keeps, kept(num_microbatches))},
-        "PipeDream": {
-            "gradients": Known(sums, stages, [2 * stage for stage in stages]),
-            "activations": same(keeps, kept(num_microbatches * config["num_batches"])),
-        },
+    }
+
+
+def known_of_pipelines(config: dict, of_papers: dict) -> dict[str, dict[str, Known]]:
+    num_gpus, num_microbatches = config["gpus"], config["num_microbatches"]
+    cut, images = bytes_of_cut(config) / num_microbatches, config["batch_size"] // num_microbatches
+    # of a microbatch: the input of the first stage (tokens are not saved), labels on the last one
+    came_in = [8 * 64 * images * (config["network"] != "transformer"), *[cut] * (num_gpus - 1)]
+    came_in[-1] += 8 * images
+
+    def keeps(name: str, microbatches: int) -> Known:
+        done = [microbatches - num_gpus + stage for stage in range(num_gpus)]  # not in flight now
+        flying = of_papers[name]["activations"]
+        kept = [f + n * one for f, n, one in zip(flying, done, came_in, strict=True)]
+        reason = "the engine keeps what came in to the end of the step (PipeDream: of the run)"
+        return Known(reason, kept, kept)
+
+    least = of_papers["PipeDream"]["gradients"]
+    sums = Known("one microbatch's, and the sum so far", least, [2 * w for w in least])
+    in_run = num_microbatches * config["num_batches"]
+    return {
+        "pipeline 1F1B": {"activations": keeps("pipeline 1F1B", num_microbatches)},
+        "PipeDream": {"activations": keeps("PipeDream", in_run), "gradients": sums},
     }
 
 
