@@ -85,8 +85,8 @@ class Meter(TorchDispatchMode):
 
     A collective is counted with the bytes of the tensor that it is about (the whole one, where each
     GPU has a part). Memory is counted as storages that exist: weights, gradients, optimizer state,
-    and what autograd saves for a backward; but not the buffers in which FSDP2 sends. It looks when
-    autograd saves or uses a tensor, at every collective, and around each update.
+    and what autograd saves for a backward; but not the buffers in which FSDP2 and DDP send. It
+    looks when autograd saves or uses a tensor, at every collective, and around each update.
     """
 
     def __init__(self, job: Job):
