@@ -8,11 +8,16 @@
     pipeline 1F1B    torch.distributed.pipelining: each GPU has some layers
     PipeDream        the same without a flush, with stashed weights (pipedream_distributed.py)
 
-config is the CONFIG of pipedream_neighbours.py. Nothing here starts processes or measures.
+config is the CONFIG of pipedream_neighbours.py. Nothing here starts processes or measures. At the
+end: what the papers say of each way, and how PyTorch is known to differ from that.
 """
 
 import copy
+import errno
+import math
+import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +101,10 @@ def one_process(config: dict) -> Job:
 
 
 def data_parallel(config: dict) -> Job:
-    """DDP adds up gradients with all-reduces, in buckets, while the backward is still running."""
+    """DDP adds up gradients with all-reduces, in buckets, while the backward is still running.
+
+    Gradients are views of the buckets: by default they are copies, and take twice the memory.
+    """
     ddp = DistributedDataParallel(make_network(config), gradient_as_bucket_view=True)
     return ordinary(ddp, make_optimizer(config, ddp.parameters()))
 
@@ -110,14 +118,22 @@ def zero_1(config: dict) -> Job:
 
 
 def fsdp(config: dict, reshard: bool) -> Job:
-    """FSDP2 gathers a layer's weights when they are needed, and reduce-scatters its gradients."""
+    """FSDP2 gathers a layer's weights when they are needed, and reduce-scatters its gradients.
+
+    Without resharding, weights stay whole from the forward to the end of the backward. ZeRO's stage
+    2 has them whole all the time: it gathers them after the update, FSDP2 before the next forward.
+    """
     network = make_network(config)
-    layers = [layer for stage in network for layer in stage.children()]
-    inner = [part for layer in layers for part in layer.children()]  # beside embedding or head
-    blocks = [part for part in inner if isinstance(part, nn.TransformerEncoderLayer)]
-    for module in (*blocks, *layers, network):  # from the inside out
+    for module in (*layers_of(network), network):
         fully_shard(module, mesh=mesh(), reshard_after_forward=reshard)
     return ordinary(network, make_optimizer(config, network.parameters()))
+
+
+def layers_of(network: nn.Module) -> list[nn.Module]:
+    """What FSDP2 gathers at a time, from the inside out."""
+    layers = [layer for stage in network.children() for layer in stage.children()]
+    inner = [part for layer in layers for part in layer.children()]  # beside embedding or head
+    return [part for part in inner if isinstance(part, nn.TransformerEncoderLayer)] + layers
 
 
 def mesh() -> DeviceMesh:
@@ -271,9 +287,146 @@ JOBS: dict[str, Callable[[dict], Job]] = {
 }
 
 
+# ------------------------------------------------------------------------------------- papers
+
+
+PerGPU = list[float]  # bytes
+
+
+def papers(config: dict, alone: PerGPU | None = None) -> dict[str, dict[str, PerGPU]]:
+    """name -> kind -> bytes on each GPU, as the papers count them for equal layers; sent: per step.
+
+    alone: the activations of one process, measured: of a whole batch, then of each stage of the
+    pipeline on one microbatch. Of a stage its own weights are counted.
+    """
+    num_gpus, num_microbatches = config["gpus"], config["num_microbatches"]
+    states, ring = OPTIMIZERS[config["optimizer"]][2], 2 * (num_gpus - 1) / num_gpus
+    stages = [8 * sum(w.numel() for w in stage.parameters()) for stage in make_network(config)]
+    depth, size = num_gpus * config["layers_per_stage"], config["hidden_size"]
+    activations, *of_stages = alone or [0.0] * (1 + num_gpus)
+    in_pairs = 8 * depth * (6 * size**2 + 4 * size)  # a bias after a row-wise split is whole
+    cut, w, split = bytes_of_cut(config), sum(stages), 1 - 1 / num_gpus
+    # Korthikanti 2022: split are q, k, v, what attention makes of them, and the inside of the MLP
+    tensor = activations - split * 5 * depth * cut
+    shard, part, rest = w / num_gpus, activations / num_gpus, w - split * in_pairs
+    rows: dict[str, tuple] = {
+        "data parallel": (ring * w, w, w, states * w, part),
+        "ZeRO stage 1": (ring * w, w, w, states * shard, part),
+        "ZeRO stage 2": (ring * w, w, shard, states * shard, part),
+        "ZeRO stage 3": (1.5 * ring * w, shard, shard, states * shard, part),
+        "tensor parallel": (4 * depth * ring * cut, rest, rest, states * rest, tensor),
+    }
+    of_gpus = {name: [[number] * num_gpus for number in row] for name, row in rows.items()}
+    after = [num_gpus - 1 - stage for stage in range(num_gpus)]  # stages that follow
+    versions = (1 + math.ceil(number / num_microbatches) for number in after)
+    neighbors = [cut * ((number > 0) + (number < num_gpus - 1)) for number in after]
+    state = [states * weights for weights in stages]
+    flying = [(number + 1) * one for number, one in zip(after, of_stages, strict=True)]
+    stashed = [number * weights for number, weights in zip(versions, stages, strict=True)]
+    of_gpus["pipeline 1F1B"] = [neighbors, stages, stages, state, flying]
+    of_gpus["PipeDream"] = [neighbors, stashed, stages, state, flying]
+    kinds = "sent", "weights", "gradients", "optimizer", "activations"
+    return {name: dict(zip(kinds, row, strict=True)) for name, row in of_gpus.items()}
+
+
+def bytes_of_cut(config: dict) -> int:
+    """The activations of a whole batch between two layers."""
+    tokens = 64 if config["network"] == "transformer" else 1
+    return 8 * config["batch_size"] * config["hidden_size"] * tokens
+
+
+class Known(NamedTuple):
+    """How PyTorch differs from the papers, and what to measure on each GPU if that is all."""
+
+    reason: str
+    least: PerGPU
+    most: PerGPU
+
+
+def known(config: dict, of_papers: dict[str, dict[str, PerGPU]]) -> dict[str, dict[str, Known]]:
+    """name -> kind -> the difference, predicted from shapes and from the papers' figures."""
+    return {**known_of_shards(config), **known_of_pipelines(config, of_papers)}
+
+
+def known_of_shards(config: dict) -> dict[str, dict[str, Known]]:
+    num_gpus, states = config["gpus"], OPTIMIZERS[config["optimizer"]][2]
+    network, part = make_network(config), 1 - 1 / config["gpus"]
+    dealt, rows = [0.0] * num_gpus, [0.0] * num_gpus
+    for size in sorted((8 * w.numel() for w in network.parameters()), reverse=True):
+        dealt[dealt.index(min(dealt))] += size
+    for w in network.parameters():
+        for rank, share in enumerate(w.chunk(num_gpus)):
+            rows[rank] += 8 * share.numel()
+    layers, seen = list[int](), set[Tensor]()  # as FSDP2 gathers them: equal shares, some padded
+    for layer in layers_of(network):
+        own = {*layer.parameters()} - seen
+        layers.append(8 * num_gpus * sum(w.chunk(num_gpus)[0].numel() for w in own))
+        seen |= own
+    whole, largest, two = sum(layers), max(layers), sum(sorted(layers)[-2:])
+    shard = whole / num_gpus
+
+    def exactly(reason: str, values: Iterable[float]) -> Known:
+        return Known(reason, [*values], [*values])
+
+    def on_all(reason: str, least: float, most: float) -> Known:
+        return Known(reason, [least] * num_gpus, [most] * num_gpus)
+
+    reduced = "gradients are all-reduced, as in DDP, where the paper reduce-scatters them"
+    pads = "FSDP2 pads what does not split into equal rows (the head has 10)"
+    also = "FSDP2 has its shard, and beside it the layers that are whole at that moment"
+    fsdp2 = {
+        "gradients": on_all(also, shard, shard + two),
+        "optimizer": exactly(
+            "FSDP2 deals out whole rows (the head has 10)", [states * row for row in rows]
+        ),
+    }
+    return {
+        "ZeRO stage 1": {
+            "sent": on_all(reduced, *[3 * part * sum(rows)] * 2),
+            "optimizer": exactly(
+                "whole parameters are dealt out, not equal shares", [states * w for w in dealt]
+            ),
+        },
+        "ZeRO stage 2": {
+            **fsdp2,
+            "sent": on_all(pads, *[2 * part * whole] * 2),
+            "weights": on_all(also, *[shard + whole] * 2),
+        },
+        "ZeRO stage 3": {
+            **fsdp2,
+            "sent": on_all(pads, *[3 * part * whole] * 2),
+            "weights": on_all(also, shard + largest, shard + two),
+        },
+    }
+
+
+def known_of_pipelines(config: dict, of_papers: dict) -> dict[str, dict[str, Known]]:
+    num_gpus, num_microbatches = config["gpus"], config["num_microbatches"]
+    cut, images = bytes_of_cut(config) / num_microbatches, config["batch_size"] // num_microbatches
+    # of a microbatch: the input of the first stage (tokens are not saved), labels on the last one
+    came_in = [8 * 64 * images * (config["network"] != "transformer"), *[cut] * (num_gpus - 1)]
+    came_in[-1] += 8 * images
+
+    def keeps(name: str, microbatches: int) -> Known:
+        done = [microbatches - num_gpus + stage for stage in range(num_gpus)]  # not in flight now
+        flying = of_papers[name]["activations"]
+        kept = [f + n * one for f, n, one in zip(flying, done, came_in, strict=True)]
+        reason = "the engine keeps what came in to the end of the step (PipeDream: of the run)"
+        return Known(reason, kept, kept)
+
+    least = of_papers["PipeDream"]["gradients"]
+    sums = Known("one microbatch's, and the sum so far", least, [2 * w for w in least])
+    in_run = num_microbatches * config["num_batches"]
+    return {
+        "pipeline 1F1B": {"activations": keeps("pipeline 1F1B", num_microbatches)},
+        "PipeDream": {"activations": keeps("PipeDream", in_run), "gradients": sums},
+    }
+
+
 def check(config: dict) -> None:
     """Raise a UserError for the first setting with which some way to train cannot be."""
     rules = {"gpus": (int, 2, 16), "optimizer": (str,), "timeout": (float, 1, 86_400)}
+    rules["num_batches"] = int, 3, 1_000  # in the first two, PyTorch's engines find out and settle
     for key, value in config.items():
         simple.check_value(key, value, {**simple.RULES, **rules}[key])
     gpus, microbatches, known = config["gpus"], config["num_microbatches"], ", ".join(OPTIMIZERS)
@@ -287,3 +440,19 @@ def check(config: dict) -> None:
     if microbatches < gpus:
         why = "or PyTorch's Schedule1F1B cannot run"
         raise UserError(f"num_microbatches={microbatches} must be at least gpus={gpus}, {why}")
+
+
+def check_sweep(config: dict, defaults: dict, path: Path) -> None:
+    """Raise a UserError now, and not after minutes."""
+    if config["network"] != "transformer":
+        raise UserError("--sweep needs --network transformer: tensor parallelism splits its layers")
+    for key in ("hidden_size", "batch_size", "optimizer", "num_microbatches", "num_batches"):
+        if config[key] != defaults[key]:
+            raise UserError(f"--sweep has its own {key}: leave out --{key}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        folder = next(folder for folder in path.parents if folder.exists())
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,4 +1,5 @@
 """Train your own model as a pipeline. Copy this file, and replace my_layers and my_batches.
+Loss and optimizer are in main; the loss must be the mean over a batch, as cross_entropy is.
 
 torchrun --nproc-per-node 2 examples/my_model.py
 """
@@ -43,7 +44,7 @@ def main():
     module = nn.Sequential(*layers[first:end]).to(device)
     stage = PipelineStage(module, rank, size, device)
     schedule = Schedule1F1B(stage, NUM_MICROBATCHES, loss_fn=cross_entropy)
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)  # of this rank's part
     for number, (x, y) in enumerate(my_batches()):
         losses = []  # of the microbatches; filled on the last stage
         inputs = [x.to(device)] if rank == 0 else []

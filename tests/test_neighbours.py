@@ -1,5 +1,6 @@
 """The neighbours of pipelines on PyTorch's engines, and the file that a reader copies."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -11,26 +12,51 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, launch
+from launch import ROOT
 from reference import delayed_sgd
 from torch import nn
+from torch.distributed.run import main as torchrun  # what the command runs
 from torch.nn.functional import cross_entropy
 
 import pipedream_simple as simple
 import pipedream_ways
-from pipedream_neighbours import CONFIG, main, verdict
+from pipedream_neighbours import (
+    CONFIG,
+    SWEPT,
+    UNKNOWN,
+    Meter,
+    draw_sweep,
+    main,
+    measure,
+    points,
+    verdict,
+)
 from pipedream_simple import NUM_HEADS, run_main
-from pipedream_ways import JOBS, make_batches, make_network, recurrence, with_blocks
+from pipedream_ways import (
+    JOBS,
+    Job,
+    Known,
+    make_batches,
+    make_network,
+    ordinary,
+    papers,
+    recurrence,
+    with_blocks,
+)
 
 TEMPLATE = "torchrun --nproc-per-node 2 examples/my_model.py"
 
 
-def test_the_template_trains_as_one_process_does():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1"]
-    command = [*torchrun, *TEMPLATE.split()[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    printed = [float(loss) for loss in re.findall(r"^batch \d+: loss (.*)$", done.stdout, re.M)]
+def test_the_template_trains_as_one_process_does(monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    torchrun(["--local-addr=127.0.0.1", *TEMPLATE.split()[1:]])  # raises if a process fails
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
+    output = capfd.readouterr().out
+    printed = [float(loss) for loss in re.findall(r"^batch \d+: loss (.*)$", output, re.M)]
 
     spec = importlib.util.spec_from_file_location("my_model", ROOT / "examples" / "my_model.py")
     template = importlib.util.module_from_spec(spec)
@@ -57,15 +83,31 @@ def test_the_template_trains_as_one_process_does():
 # ------------------------------------------------------------------------------ the neighbours
 
 SMALL = ("--gpus", "2", "--hidden_size", "16", "--batch_size", "8", "--num_microbatches", "2")
+PRINTED = {}
 
 
 @pytest.fixture
-def tables():
-    """The three tables of a small run: name -> cells."""
-    done = launch(*SMALL, "--optimizer", "momentum", script="pipedream_neighbours.py")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    parts = re.split("^📊", done.stdout, flags=re.M)[1:]
+def start(monkeypatch, capfd):
+    """Run main here, where PyTorch is loaded, to save seconds: it starts the processes."""
+
+    def start(script, *flags):
+        monkeypatch.setattr(sys, "argv", [str(script), *flags])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        output = capfd.readouterr()
+        assert (ended.value.code, output.err) == (0, "")
+        return output.out
+
+    return start
+
+
+@pytest.fixture
+def tables(start):
+    """The three tables of a small run, which is run once: name -> cells."""
+    if not PRINTED:
+        PRINTED["small"] = start(ROOT / "pipedream_neighbours.py", *SMALL, "--optimizer=momentum")
+    assert UNKNOWN not in PRINTED["small"]
+    parts = re.split("^📊", PRINTED["small"], flags=re.M)[1:]
     rows = ([re.split(r" {2,}", line) for line in part.splitlines()[2:]] for part in parts)
     return [{name: cells for name, *cells in part if name in NAMES} for part in rows]
 
@@ -104,10 +146,13 @@ def test_what_is_sent_is_what_the_papers_say(tables):
     )
     assert sent["tensor parallel"][0] == f"{4 * depth} all-reduce"
     assert sent["pipeline 1F1B"][0] == "2 send"  # of two microbatches, this way or that
-    for name in ("data parallel", "tensor parallel", "pipeline 1F1B", "PipeDream"):
-        on_the_wire = [float(kib.replace(",", "")) for kib in took[name][1].split()]
+    assert [name for name, cells in sent.items() if cells[3] != "holds"] == ["ZeRO stage 1"]
+    for name, (_, wire, by_gloo, _) in [*took.items()][1:]:  # no collective has been missed
+        each = [float(kib.replace(",", "")) for kib in wire.split()]
+        more = weights / 2 if name in ("ZeRO stage 2", "ZeRO stage 3") else 0  # its reduce-scatter
+        assert number(by_gloo) == pytest.approx(in_kib[name] + more, rel=0.01)
         if sys.platform == "linux":  # where the kernel counts, headers and all
-            assert on_the_wire == pytest.approx([in_kib[name]] * len(on_the_wire), rel=0.05)
+            assert sum(each) / len(each) == pytest.approx(number(by_gloo), rel=0.06)
 
 
 def test_what_is_held_is_what_the_papers_say_but_for_what_is_explained(tables):
@@ -124,12 +169,101 @@ def test_what_is_held_is_what_the_papers_say_but_for_what_is_explained(tables):
 
 
 def test_a_formula_that_does_not_hold_is_told():
-    reasons = ["another"]
-    assert verdict("why", [1024, 1030], [1024, 1024], reasons) == "holds"
-    assert verdict("why", [1024, 3072], [1024, 1024], reasons) == "1: 3.00x (2)"
-    assert verdict("why", [0], [0], reasons) == "holds"
-    assert verdict("why", [1024], [0], reasons) != "holds"
+    known, reasons = Known("why", [2048, 2900], [2048, 3100]), ["another"]
+    assert verdict([1024, 1030], [1024, 1024], known, reasons) == "holds"
+    assert verdict([0], [0], None, reasons) == "holds"
+    assert reasons == ["another"]
+    assert verdict([2048, 3072], [1024, 1024], known, reasons) == "1: 3.00x (2)"
     assert reasons == ["another", "why"]
+    for measured in ([2048, 3200], [2100, 3072], [1024, 3072], [2048, 2800]):  # no excuse
+        assert verdict(measured, [1024, 1024], known, reasons).endswith("x (3)")
+    assert verdict([1024], [0], None, reasons).endswith("x (3)")
+    assert reasons == ["another", "why", UNKNOWN]
+
+
+def test_the_meter_counts_storages_that_exist_each_once():
+    network = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    batch = torch.zeros(4, 3, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    _, figures = measure(ordinary(network, optimizer, lambda part: part), [batch, batch], 0)
+    weights = 8 * (3 * 5 + 5 + 5 * 2 + 2)
+    # saved: the input, what ReLU returns (once, if two layers save it), log-softmax, labels; 1 / 4
+    saved = 8 * (4 * 3 + 4 * 5 + 4 * 2 + 4 + 1)
+    assert [*figures.peak.values()] == [weights, weights, weights, saved]
+    assert figures.messages == figures.handed == {}
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch will rename it
+def test_the_meter_counts_all_tensors_of_a_collective_and_knows_all_collectives():
+    meter, a, b = Meter(Job(None, dict, dict)), torch.zeros(3), torch.zeros(5)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        with meter:
+            torch.distributed.all_gather_into_tensor(a.clone(), a)
+            torch.distributed.all_reduce(a)
+            torch.distributed.all_reduce_coalesced([a, b])
+            with pytest.raises(AssertionError, match="alltoall"):
+                torch.distributed.all_to_all_single(a.clone(), a)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert meter.messages == {"all-reduce": 2, "all-gather": 1}
+    assert meter.handed == {"all-reduce": 12 + 12 + 20, "all-gather": 12}
+
+
+SWEEP = """
+import sys
+sys.path.insert(0, {root!r})
+import pipedream_neighbours as neighbours
+wide, many = ([8, 16], {{"batch_size": 8}}), ([2, 8], {{"hidden_size": 16}})
+neighbours.SWEEPS, draw = {{"hidden_size": wide, "batch_size": many}}, neighbours.draw_sweep
+def draw_and_tell(config, ranks):
+    print(end="\\n" + repr(ranks))
+    return draw(config, ranks)
+neighbours.draw_sweep = draw_and_tell
+neighbours.simple.run_main(neighbours.main)
+"""
+
+
+def test_the_sweep_measures_and_draws(start, tmp_path):
+    script, folder = tmp_path / "sweep.py", tmp_path / "a" / "new folder"
+    script.write_text(SWEEP.format(root=str(ROOT)))
+    *_, told, path = start(script, "--gpus", "2", "--sweep", "--out", str(folder)).splitlines()
+    assert path == f"{folder / 'neighbours.png'}"
+    assert Path(path).read_bytes().startswith(b"\x89PNG")
+    assert [*folder.iterdir()] == [Path(path)]
+    first, second = ast.literal_eval(told)
+    assert [*first] == [*second]
+    for (key, value, name), sent in first.items():
+        size, batch = (16, value) if key == "batch_size" else (value, 8)
+        weights = 8 * (2 * (6 * size**2 + 10 * size) + (17 + 64 + 2 + 640) * size + 10)
+        cut = 8 * batch * 64 * size
+        formula = {
+            "data parallel": weights,
+            "ZeRO stage 3": 1.5 * weights,
+            "tensor parallel": 8 * cut,
+            "pipeline 1F1B": cut,
+        }
+        assert sent == pytest.approx(formula[name], rel=0.06)  # with the shapes of the messages
+
+
+def test_the_picture_says_who_sends_least():
+    ranks = [
+        {
+            (key, value, name): max(papers(point)[name]["sent"])
+            for key, value, point in points(CONFIG)
+            for name in SWEPT
+        }
+    ] * 4
+    ranks[2] = {**ranks[2], ("batch_size", 32, "pipeline 1F1B"): 1e9}  # only on one GPU
+    texts = [text.get_text() for text in draw_sweep(CONFIG, ranks).texts]
+    title, line = texts[:2]
+    runs = "pipeline 1F1B up to 16, then data parallel up to 32, then pipeline 1F1B up to 64"
+    assert title == f"Who sends least? As the batch grows: {runs}, then data parallel"
+    assert line.startswith("As the hidden size grows: pipeline 1F1B. Tensor parallel sends less")
+    assert line.endswith("less than data parallel at hidden_size 512 and at batch_size 4.")
+    assert {*texts[3:]} == {*SWEPT}
 
 
 def test_the_recurrence_is_that_of_the_paper(monkeypatch):
@@ -184,10 +318,16 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name():
         ("--network resnet", "network='resnet' must be one of residual, transformer"),
         ("--timeout 0", "timeout=0 must be a number from 1 to 86400"),
         ("--gpu 4", "unknown flag '--gpu': did you mean --gpus?"),
+        ("--num_batches 2", "num_batches=2 must be a whole number from 3 to 1,000"),
         ("--sweep --network residual", "--sweep needs --network transformer"),
+        ("--sweep --optimizer sgd", "--sweep has its own optimizer: leave out --optimizer"),
+        ("--sweep --out README.md", "cannot write README.md/neighbours.png: Not a directory"),
+        ("--sweep --out /proc/none", "cannot write /proc/none/neighbours.png: "),
+        ("--out .", "--out is the folder of the picture that --sweep draws"),
     ],
 )
 def test_bad_input_ends_in_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["pipedream_neighbours.py", *flags.split()])
     monkeypatch.setattr(subprocess, "Popen", None)  # it must not come so far
     assert run_main(main) == 2
