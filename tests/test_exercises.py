@@ -279,7 +279,7 @@ def test_8_the_best_plan_is_that_of_brute_force():
     words = [times[0], 3, f"{ours:.1f}", compute, 3, f"{compute / 3:.1f}"]
     words += [f"{ours - compute / 3:.1f}", idle, *times[1:], 3, 1]
     assert figures(8) == shown(*words)
-    assert f"Plan: 3-1\nSlowest: {ours / 1e3:.9f}" in play(8)[0]
+    assert f"Plan: 3-1\nSlowest stage: {ours / 1e3:.9f}" in play(8)[0]
 
 
 def test_9_the_delay_is_what_the_derivation_says():
