@@ -1314,7 +1314,7 @@ def parse_config(
     for line in (block[0] if block else "").splitlines():
         parts = re.match(r'( +"(\w+)": )(.*?)(,(?:  #.*)?)$', line)
         if parts and parts[2] in config:  # with the default of this command
-            value = repr(config[parts[2]]).replace("'", '"')
+            value = shown(config[parts[2]]).replace("'", '"')
             lines.append(f"{parts[1]}{value}{parts[4]}")
         elif not parts:
             lines.append(line)
