@@ -54,5 +54,7 @@ def test_the_results_have_every_section_and_nothing_else():
     functions = [*write_results.REPEATABLE, *write_results.ONCE]
     expected = [function.__doc__.strip().splitlines()[0] for function in functions]
     assert re.findall(r"^## .*$", page, re.M) == [*expected, "## What this does not show"]
-    assert page.startswith(write_results.HEAD)
+    assert page.startswith(f"{write_results.HEAD}\n\n{write_results.contents()}\n\n")
+    assert "first eight sections" in page
+    assert len(write_results.REPEATABLE) == 8
     assert page.endswith(write_results.LIMITS + "\n")

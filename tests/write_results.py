@@ -306,6 +306,18 @@ def real_time() -> str:
     )
 
 
+def neighbours() -> str:
+    """## Instead of a pipeline
+
+    `python pipedream_neighbours.py`: the same transformer, trained in seven other ways on PyTorch's
+    own engines by four processes; every way is compared with one process. Times are of processes
+    that share cores.
+    """
+    command = [sys.executable, str(ROOT / "pipedream_neighbours.py")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return fenced(done.stdout[done.stdout.index("📊") :].strip())
+
+
 def speed() -> str:
     """## Speed
 
@@ -373,17 +385,24 @@ LIMITS = """\
 - Five seeds give a spread, not a proof: differences between schedules that are smaller than the
   spread mean nothing."""
 
-ONCE = [loss_against_time, price_of_staleness, missing_stashing, real_time, speed]  # minutes
-REPEATABLE = [
-    default_run,
-    utilization_against_formula,
-    schedules,
-    learning,
-    on_the_way,
-    lab,
-    gradients,
-    differences,
-]
+REPEATABLE = {  # section -> the question that it answers
+    default_run: "What does the program print?",
+    utilization_against_formula: "Is utilization what the formula says?",
+    schedules: "How long, how much in flight, how many versions, how stale?",
+    learning: "Do stale gradients learn as well in the end?",
+    on_the_way: "And on the way there?",
+    lab: "What do interleaved and zero bubble change?",
+    gradients: "How wrong are gradients without weight stashing?",
+    differences: "Are the weights those of plain training, or of the papers' recurrences?",
+}
+ONCE = {  # minutes
+    loss_against_time: "Does it pay not to flush?",
+    price_of_staleness: "What do old gradients cost, with which optimizer? What helps?",
+    missing_stashing: "Does missing stashing hurt?",
+    neighbours: "What do data parallelism, ZeRO and tensor parallelism send and hold?",
+    real_time: "Do real processes take the simulated time?",
+    speed: "How fast is the program?",
+}
 
 
 def section(function) -> str:
@@ -406,14 +425,24 @@ HEAD = """\
 # Test results
 
 Written by `python tests/write_results.py`, which runs everything below; no figure is typed by hand.
-`python -m pytest` runs all but the last five again and compares; losses and accuracies may differ a
-little."""
+`python -m pytest` runs the first eight sections again and compares; losses and accuracies may
+differ a little."""
+
+
+def contents() -> str:
+    """A table of the questions and the sections that answer them."""
+    rows = []
+    for function, question in {**REPEATABLE, **ONCE}.items():
+        heading = function.__doc__.strip().splitlines()[0].removeprefix("## ")
+        anchor = heading.lower().replace(",", "").replace(" ", "-")
+        rows.append([question, f"[{heading}](#{anchor})"])
+    return table(["question", "section"], *rows)
 
 
 def main() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the tests do: the matrices are small
-    parts = [HEAD, machine(), *map(section, REPEATABLE)]
+    parts = [HEAD, contents(), machine(), *map(section, REPEATABLE)]
     torch.set_num_threads(threads)
     parts += [*map(section, ONCE), LIMITS]
     part = ROOT / "TEST_RESULTS.md.part"
