@@ -989,8 +989,6 @@ def papers(config: dict) -> None:
     """
     import pipedream_papers  # here: it imports this file
 
-    if config != LAB_CONFIG:
-        raise UserError("papers takes no flags: each figure has its own settings")
     pipedream_papers.main()
 
 
@@ -1005,7 +1003,11 @@ def worth(config: dict, **flags) -> None:
 
 
 def stale(config: dict, **flags) -> None:
-    """What do old gradients cost? By delay, optimizer and remedy: pipedream_staleness.py."""
+    """What do old gradients cost? By delay, optimizer and remedy: pipedream_staleness.py.
+
+    --quick leaves out the remedies. --search asks another question, on networks of its own: where
+    does training without weight stashing get worse?
+    """
     import pipedream_staleness
 
     pipedream_staleness.staleness_cost(config, **flags)
@@ -1031,23 +1033,43 @@ COMMANDS: dict[str, tuple[Callable, dict]] = {  # -> (function, its flags beside
         {**OUT, "--quick": {"action": "store_true"}, "--search": {"action": "store_true"}},
     ),
 }
+KEYS: dict[str, tuple[str, ...]] = {  # which of the config's flags a command takes; the others: all
+    "papers": (),
+    "staleness": (
+        *("num_stages", "layers_per_stage", "hidden_size", "batch_size", "num_batches"),
+        *("seed", "device", "network"),
+    ),
+}
 DEFAULTS = {  # of a command, where they are not CONFIG's
-    "worth": {"num_batches": 200},
-    "staleness": {"num_batches": 200, "num_stages": 8, "layers_per_stage": 2, "hidden_size": 32},
+    "worth": {"num_batches": 200, "backward_time": 2},
+    "staleness": {
+        **{"num_batches": 200, "num_stages": 8, "layers_per_stage": 2, "hidden_size": 32},
+        "num_microbatches": 1,
+    },
 }
 
 
 def parse_lab_config(
-    doc: str | None, argv: list | None = None, config=LAB_CONFIG, rules=LAB_RULES, other=None
+    doc: str | None,
+    argv: list | None = None,
+    config=LAB_CONFIG,
+    rules=LAB_RULES,
+    other=None,
+    keys: Iterable[str] = LAB_CONFIG,
 ) -> tuple[dict, dict]:
-    """Like parse_config. A CSV file sets num_stages and num_microbatches; flags must agree."""
+    """Like parse_config. A CSV file sets num_stages and num_microbatches; flags must agree.
+
+    keys: those of config that have a flag.
+    """
     if not isinstance(config, dict):
         check_lab_config(config, rules)
-    more = [f"--{key} (default {LAB_CONFIG[key]})" for key in LAB_CONFIG if key not in CONFIG]
-    doc = f"{doc}\n\nMore flags: {', '.join(more)}; see LAB_CONFIG."
+    more = [f"--{key} (default {LAB_CONFIG[key]})" for key in keys if key not in CONFIG]
+    doc = textwrap.dedent(f"    {doc}")
+    doc += f"\n\nMore flags: {', '.join(more)}; see LAB_CONFIG." if more else ""
     not_given = object()
-    sizes: dict = dict.fromkeys(("num_stages", "num_microbatches"), not_given)
-    given, flags = parse_config(doc, argv, {**config, **sizes}, lambda config: None, other)
+    offered = {key: value for key, value in config.items() if key in keys}
+    offered |= {key: not_given for key in SIZES[:2] if key in keys}
+    given, flags = parse_config(doc, argv, offered, lambda config: None, other)
     given = {key: value for key, value in given.items() if value is not not_given}
     file = file_of(given)
     sizes = sizes_of(read_csv(file)) if file else {}
@@ -1076,8 +1098,12 @@ def main() -> None:
     name = choose_command(__doc__, COMMANDS)
     if name:
         command, other = COMMANDS[name]
-        config = {**LAB_CONFIG, **DEFAULTS.get(name, {})}
-        config, flags = parse_lab_config(command.__doc__, sys.argv[2:], config, other=other)
+        defaults, keys, doc = DEFAULTS.get(name, {}), KEYS.get(name, LAB_CONFIG), command.__doc__
+        config = {**LAB_CONFIG, **defaults}
+        if defaults:
+            here = " ".join(f"--{key} {value}" for key, value in defaults.items() if key in keys)
+            doc = f"{doc}\n\n    Defaults here: {here}"
+        config, flags = parse_lab_config(doc, sys.argv[2:], config, other=other, keys=keys)
         command(config, **flags)
 
 

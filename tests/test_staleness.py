@@ -1,5 +1,6 @@
 """Old gradients: the recurrence is that of tests/reference.py, the optimizers are PyTorch's."""
 
+import math
 import re
 from functools import partial
 
@@ -24,6 +25,7 @@ from pipedream_staleness import (
     momentum,
     price,
     sgd,
+    try_rates,
     tuned,
 )
 
@@ -180,11 +182,35 @@ def test_a_cell_ends_early_only_when_no_other_rate_can_win():
     both = torch.stack([never, late])
     assert not decided(both[..., :24], 5)
     assert decided(both, 5)
-    name, config = "SGD", {**TINY, "num_batches": 60}
-    cell = tuned(config, ON_ALL, name, target=1.0)
-    losses, _ = delayed_training(config, ON_ALL, sgd, OPTIMIZERS[name][1], [0, 1, 2])
-    assert cell.batches == min(batches_to(losses, 1.0).tolist(), key=sum)
-    assert price(cell, cell)[0] == pytest.approx(1)
+    config, rates = {**TINY, "num_batches": 60}, OPTIMIZERS["SGD"][1]
+    short, whole = (
+        tuned(config, ON_ALL, sgd, rates, 1.0, range(3), whole=whole) for whole in (False, True)
+    )
+    others, _ = delayed_training(config, ON_ALL, sgd, rates, [1000, 1001, 1002])  # these choose
+    assert short.rate == whole.rate == rates[batches_to(others, 1.0).sum(1).argmin()]
+    losses, _ = delayed_training(config, ON_ALL, sgd, [short.rate], [0, 1, 2])
+    assert short.batches == whole.batches == batches_to(losses, 1.0)[0].tolist()
+    assert short.losses.shape[1] == max(short.batches)
+    assert whole.losses.tolist() == losses[0].tolist()
+    assert price(short.batches, short.batches)[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("best", [2.0**-9, 2.0**-3, 1.0, 2.0**9])
+def test_the_grid_grows_until_the_best_rate_is_inside(best):
+    def score(rates):
+        asked.extend(rates)
+        return torch.tensor([[1 + abs(math.log2(rate / best)), 1.0] for rate in rates])
+
+    asked = []
+    rate, scores = try_rates([2.0**-k for k in range(5)], score)
+    assert rate == best
+    assert min(scores) < best < max(scores)
+    assert sorted(asked) == sorted({*asked}) == sorted(scores)
+    asked.clear()
+    assert try_rates([1.0, 0.5], lambda rates: score(rates) / 0)[1] == {
+        r: [torch.inf] * 2 for r in asked
+    }
+    assert asked == [1.0, 0.5]  # no rate is better than another
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "pipedream", "interleaved"])
@@ -200,17 +226,22 @@ def test_worth_and_staleness_run_and_write(program, tmp_path, monkeypatch):  # n
     status, out, _ = program("worth", *small, "--loss", 2.2, "--chunks_per_gpu", 1)
     assert status == 0
     assert max(map(len, out.splitlines()[:-1])) <= 80
-    rows = [re.split("  +", line.strip()) for line in out.splitlines()[1:6]]
-    assert [row[0] for row in rows] == ["naive", "gpipe", "1f1b", "interleaved", "zb-h1"]
-    assert len({row[4] for row in rows}) == 1  # one training for all that flush
-    monkeypatch.setattr(pipedream_staleness, "SEARCHED", [(4, 8)])
+    rows = [re.split("  +", line.strip()) for line in out.splitlines()[1:7]]
+    assert [row[0] for row in rows] == ["naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2"]
+    assert len({row[5] for row in rows}) == 1  # one training for all that flush
+    monkeypatch.setattr(pipedream_staleness, "SEARCHED", [(4, 1, 12)])
     monkeypatch.setattr(
         pipedream_staleness, "OPTIMIZERS", {k: (f, r[:2]) for k, (f, r) in OPTIMIZERS.items()}
     )
     for flags in (["--quick"], ["--search"]):
         status, out, _ = program("staleness", *small, *flags, "--num_stages", 4)
         assert status == 0
-        assert max(map(len, out.splitlines()[:-1])) <= 90
+        assert max(map(len, out.splitlines()[:-1])) <= 80
+    # What the recurrence says of the run that is drawn, the trainer says, too.
+    what, loss = re.search(
+        r"^(\w+), .*,\nin the pipeline .*\n +with stashing +(\S+) ", out, re.M
+    ).groups()
+    assert re.search(rf"^  {what} +{loss} ", out, re.M)
     for name in ("worth", "staleness", "stashing"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width == 1400
@@ -219,7 +250,10 @@ def test_worth_and_staleness_run_and_write(program, tmp_path, monkeypatch):  # n
 @pytest.mark.parametrize(
     "flags",
     [["worth", "--loss", 0], ["worth", "--loss", "x"], ["worth", "--momentum", 1],
-     ["staleness", "--num_batches", 0], ["staleness", "--quick", "--out", "/dev/null/x"]],
+     ["worth", "--loss", "True"], ["worth", "--out", "/proc/x"], ["papers", "--num_stages", 4],
+     ["staleness", "--num_batches", 0], ["staleness", "--quick", "--out", "/dev/null/x"],
+     ["staleness", "--num_stages", 1], ["staleness", "--quick", "--search"],
+     ["staleness", "--learning_rate", 0.1], ["staleness", "--num_microbatches", 2]],
 )  # fmt: skip
 def test_bad_input_gets_one_line(program, monkeypatch, flags):  # noqa: F811
     monkeypatch.setattr(pipedream_staleness, "tuned", lambda *a: pytest.fail("too late"))
