@@ -996,10 +996,10 @@ def papers(config: dict) -> None:
 
 
 def worth(config: dict, **flags) -> None:
-    """Is PipeDream worth it? Every schedule's loss over simulated time: pipedream_staleness.py."""
-    import pipedream_staleness  # here: it imports this file
+    """Is PipeDream worth it? Every schedule's loss over simulated time: pipedream_worth.py."""
+    import pipedream_worth  # here: it imports this file
 
-    pipedream_staleness.worth(config, **flags)
+    pipedream_worth.worth(config, **flags)
 
 
 def stale(config: dict, **flags) -> None:

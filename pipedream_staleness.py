@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""What does staleness cost, and does it pay? Old gradients by optimizer, remedy and delay.
+"""What do old gradients cost? By optimizer, remedy and delay; and does missing stashing hurt?
 
     python pipedream_lab.py staleness            three minutes at most: a table and staleness.png
     python pipedream_lab.py staleness --quick    without the remedies
     python pipedream_lab.py staleness --search   where does missing stashing hurt? 20 minutes
-    python pipedream_lab.py worth                loss against simulated time, and worth.png
 
 PipeDream saves the flush and pays with old gradients. How many more batches do these need? A
 learning rate that suits fresh gradients is too large for old ones, so everything that is compared
@@ -32,7 +31,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import pipedream_lab
-from pipedream_lab import Plan, all_plans, train_plan, write
+from pipedream_lab import write
 from pipedream_simple import (
     CONFIG,
     Op,
@@ -44,10 +43,7 @@ from pipedream_simple import (
     count,
     format_table,
     make_batches,
-    makespan,
-    peak_in_flight,
     run_main,
-    staleness,
     train,
 )
 
@@ -85,7 +81,8 @@ def muon(g: Tensor, state: dict, batch: int, beta: float = 0.95, look_ahead: boo
     """Momentum with all singular values made about 1; Adam for what is no matrix (Jordan, 2024).
 
     Five Newton-Schulz steps do it, without a decomposition. The last factor gives the step the size
-    of Adam's (Liu et al., 2025), so that one rate fits both.
+    of Adam's (Liu et al., 2025), so that one rate fits both. (Jordan leaves the first and the last
+    layer to Adam, too.)
     """
     if g.ndim < 3:  # (runs, size): a bias
         return adam(g, state, batch)
@@ -113,7 +110,8 @@ OPTIMIZERS: dict[str, tuple[Callable, list[float]]] = {  # -> (function, the rat
 def pipemare(delay: int, done: float) -> float:
     """Divide the rate by the delay, less and less over the first quarter of the run.
 
-    PipeMare (Yang et al., MLSys 2021), its technique T1: learning rate rescheduling.
+    PipeMare (Yang et al., MLSys 2021), its technique T1: learning rate rescheduling. (Its T2
+    corrects the weights of the backward, and belongs to training without stashing.)
     """
     return 1 / max(1, delay) ** (1 - min(1, 4 * done))
 
@@ -401,20 +399,23 @@ def draw_cost(num_stages: int, cells: dict, visual):
     """Prices by delay and optimizer; and what no flush gains at most, to compare."""
     delays = [*delay_table(num_stages)]
     costs = {key: price(cell, cells[key[0], delays[0], "none"]) for key, cell in cells.items()}
-    one = ", ".join(f"{name} {costs[name, delays[1], 'none'][0]:.1f}x" for name in OPTIMIZERS)
+    once = {name: costs[name, delays[1], "none"][0] for name in OPTIMIZERS}
+    found = [f"{name} {cost:.1f}x" for name, cost in once.items() if cost < torch.inf]
+    title = f"One batch of delay costs {', '.join(found)} the batches"
+    title = title if found else "Not all seeds get to the target in this run"
     lines = [
         "How many times as many batches old gradients need to the same loss, at the best rate.",
         "Filled: no remedy, and the range of the seeds. Hollow: with the best remedy, if it helps.",
     ]
-    figure = visual.new_picture(1400, 840, f"One batch of delay costs {one} the batches", lines)
+    figure = visual.new_picture(1400, 840, title, lines)
     axes = visual.add_axes(figure, 130, 140, 1230, 620)
     for (i, name), (x, delay) in itertools.product(enumerate(OPTIMIZERS), enumerate(delays)):
         mean, low, high = costs[name, delay, "none"]
+        place, hue = x + 0.2 * (i - 1.5), visual.HUES[[0, 1, 4, 5][i]]
+        axes.plot(place, mean, "o", color=hue, ms=8, label=None if x else name)
         if not high < torch.inf:
             continue  # not all seeds got there
-        place, hue = x + 0.2 * (i - 1.5), visual.HUES[[0, 1, 4, 5][i]]
         axes.plot([place, place], [low, high], color=hue, lw=2)
-        axes.plot(place, mean, "o", color=hue, ms=8, label=None if x else name)
         if x:
             axes.text(place, 1.01 * high, f"{mean:.1f}", ha="center", va="bottom", color=hue)
         helped = min(costs[key][0] for key in costs if key[:2] == (name, delay))
@@ -448,7 +449,7 @@ class Ended(NamedTuple):
     losses: Tensor  # (seeds, batches)
 
     def __str__(self) -> str:
-        return f"{spread(ends(self.losses).tolist(), 2)} at {self.rate:.2g}"
+        return f"{spread(ends(self.losses).tolist(), 3)} at {self.rate:.2g}"
 
 
 def ends(losses: Tensor) -> Tensor:
@@ -476,14 +477,14 @@ def search_for_harm(config: dict, out: Path) -> None:
         size = {**small, "num_stages": num_stages, "layers_per_stage": layers}
         size |= {"hidden_size": hidden}
         heading = f"{num_stages} stages of {count(layers, 'layer')}, hidden size {hidden}"
-        table = [["  optimizer", "with stashing", "without", "which is"]]
+        table = [["", "with stashing", "without", ""]]
         for name in OPTIMIZERS:
             progress(f"{heading}: {name}")
             pair = [best_end(size, name, seeds, stashing) for stashing in (True, False)]
             with_it, without = (ends(one.losses) for one in pair)
             worse = "worse" * bool(without.min() > with_it.max())  # the seeds do not overlap
             better = "better" * bool(without.max() < with_it.min())
-            table.append([f"  {name}", *map(str, pair), worse + better])
+            table.append([name, *map(str, pair), worse + better])
             found[f"{name}, {heading}"] = size, pair
         progress("")
         print("\n".join([heading, *format_table(table)]) + "\n", flush=True)
@@ -495,7 +496,7 @@ def search_for_harm(config: dict, out: Path) -> None:
         of_run = {**size, "learning_rate": rate, "weight_stashing": stashing}
         worker = partial(OptimizerWorker, OPTIMIZERS[name][0])
         runs = [train({**of_run, "seed": seed}, worker_class=worker).losses for seed in seeds]
-        last = spread(ends(torch.tensor(runs)).tolist(), 2)
+        last = spread(ends(torch.tensor(runs)).tolist(), 3)
         print(f"   {'with stashing' if stashing else 'without':14}{last} at {rate:.2g}")
     title = draw_and_write(partial(draw_search, what, pair), out / "stashing.png", config)
     print(f"\n{out / 'stashing.png'}: {title}")
@@ -516,7 +517,7 @@ SEARCH_LEGEND = """\
 
 def draw_search(what: str, pair: list[Ended], visual):
     """The run in which missing stashing hurts most: its losses, and the rates that were tried."""
-    with_it, without = (f"{float(ends(one.losses).mean()):.2f}" for one in pair)
+    with_it, without = (f"{ends(one.losses).mean():.2f}" for one in pair)
     title = f"{what.split(', hidden')[0]}: the loss ends at {with_it} with stashing, "
     title += f"at {without} without"
     lines = [
@@ -559,138 +560,6 @@ def finish_losses(axes, label: str) -> None:
     axes.minorticks_off()
     axes.spines[["left", "bottom"]].set_visible(True)
     axes.legend(loc="upper right", frameon=False, fontsize=10)
-
-
-# -------------------------------------------------------------------------------------- worth
-
-
-def loss_times(plan: Plan) -> list[float]:
-    """When the loss of each batch is known: at the end of its last forward on the last stage."""
-    last, in_batch = plan.config["num_stages"] - 1, plan.config["num_microbatches"]
-    times = [0.0] * plan.config["num_batches"]
-    for op, _, _, end in plan.events:
-        if op.kind == "F" and op.stage == last:
-            times[op.microbatch // in_batch] = max(times[op.microbatch // in_batch], end)
-    return times
-
-
-class Curve(NamedTuple):
-    """A schedule's losses over simulated time."""
-
-    plan: Plan
-    times: list[float]  # one per batch
-    tuned: Tuned
-
-    def reached(self) -> list[float]:
-        """When the loss is below the target, per seed: inf if not in this run."""
-        at = dict(enumerate(self.times, start=1))
-        return [at.get(n, torch.inf) for n in self.tuned.batches]  # type: ignore[call-overload]
-
-
-def curves_of(config: dict, target: float) -> tuple[list[Curve], list[str]]:
-    """Train for every schedule of the lab. Those with the same delays share their losses."""
-    plans, reasons = all_plans(config)
-    beta, seeds = config["momentum"], range(config["seed"], config["seed"] + 10)
-    rates = [config["learning_rate"] * 2.0**k for k in (2, 1, 0, -1, -2, -3)]
-    trained: dict[tuple, Tuned] = {}
-    curves = []
-    for plan in plans:
-        progress(f"training as {plan.name.strip()}")
-        old = staleness(plan.schedule, plan.config[IN_BATCH])
-        delays = old if any(old) else [0] * plan.config["num_stages"]
-        stashing = "no stashing" not in plan.name
-        key, with_stash = (*delays, stashing), (*delays, True)
-        if key not in trained and stashing:
-            optimizer, network = partial(momentum, beta=beta), {**plan.config, "learning_rate": 1}
-            best = tuned(network, delays, optimizer, rates, target, seeds, whole=True)
-            trained[key] = best._replace(rate=best.rate * (1 - beta))  # as --learning_rate
-        elif key not in trained:  # no recurrence of whole batches: op by op, at pipedream's rate
-            rate = trained[with_stash].rate
-            configs = [{**plan.config, "seed": s, "learning_rate": rate} for s in seeds]
-            runs = [train_plan(plan._replace(config=config)) for config in configs]
-            losses = torch.tensor([run.losses for run in runs])
-            trained[key] = Tuned(rate, losses, batches_to(losses, target).tolist())
-        curves.append(Curve(plan, loss_times(plan), trained[key]))
-    progress("")
-    return curves, reasons
-
-
-WORTH_LEGEND = """\
-   Batches, and simulated time, until the mean training loss of ten batches is
-   below {target:g}: mean (lowest to highest) of {seeds} seeds, at the best of 6 or more
-   learning rates, chosen on three other seeds; no stashing has pipedream's.
-   first: on how many seeds it gets there before pipedream. -: not all seeds got
-   there. held: the most microbatches in flight on a GPU (interleaved: on one of
-   its chunks each)."""
-
-
-def worth(config: dict, out: Path = Path(), loss: float = 0.3) -> None:
-    """Is PipeDream worth it? Every schedule's loss over simulated time, and the time to a loss.
-
-    A schedule without a flush has more batches in the same time, and each of them helps less.
-    Trained with the recurrence that a pipeline computes, not op by op (but for no stashing).
-    Writes worth.png.
-    """
-    if config["momentum"] == 1:
-        raise UserError("momentum=1 must be less than 1 here: it never forgets")
-    check_value("loss", loss, (float, 0.001, 10))
-    check_output(out / "worth.png")
-    torch.set_num_threads(1)
-    curves, reasons = curves_of(config, loss)
-    hero = hero_of(curves).reached()
-    heads = ["schedule", "busy", "held", "stale", "rate", "batches", f"time to {loss:g}", "first"]
-    table = [heads]
-    for curve in curves:
-        plan, times = curve.plan, curve.reached()
-        busy = sum(e.end - e.start for e in plan.events)
-        busy /= len(plan.schedule) * makespan(plan.events)
-        old = max(staleness(plan.schedule, plan.config["num_microbatches"]))
-        first = sum(a < b for a, b in zip(times, hero, strict=True))
-        cells = [f"{busy:.1%}", str(max(peak_in_flight(plan.schedule))), str(old)]
-        cells += [f"{curve.tuned.rate:.2g}", spread(curve.tuned.batches), spread(times)]
-        table.append([plan.name, *cells, str(first) if times != hero else ""])
-    print("\n".join([*format_table(table), *reasons]))
-    print(WORTH_LEGEND.format(target=loss, seeds=len(hero)))
-    title = draw_and_write(partial(draw_worth, curves, loss), out / "worth.png", config)
-    print(f"\n{out / 'worth.png'}: {title}")
-
-
-def hero_of(curves: list[Curve]) -> Curve:
-    return next(curve for curve in curves if curve.plan.name == "pipedream")
-
-
-def draw_worth(curves: list[Curve], target: float, visual):
-    """Losses over simulated time, until the slowest but naive has reached the target."""
-    mean = {c.plan.name: sum(c.reached()) / len(c.reached()) for c in curves}
-    flushing = [c for c in curves if not max(staleness(c.plan.schedule, c.plan.config[IN_BATCH]))]
-    best = min(flushing, key=lambda c: mean[c.plan.name])
-    hero = hero_of(curves)
-    first = sum(a < b for a, b in zip(hero.reached(), best.reached(), strict=True))
-    title = f"Time to a loss of {target:g}: pipedream {mean['pipedream']:.0f}, "
-    title += f"the best flush ({best.plan.name}) {mean[best.plan.name]:.0f}"
-    lines = [
-        f"pipedream gets there before {best.plan.name} on {first} of {len(hero.reached())} seeds.",
-        "Simulated time, means at the best learning rates; bands: the seeds of these two.",
-    ]
-    figure = visual.new_picture(1400, 720, title, lines)
-    axes = visual.add_axes(figure, 110, 140, 1000, 490)
-    shown = [t for name, t in mean.items() if t < torch.inf and name != "naive"]
-    hues = {"pipedream": 0, "  vertical sync": 1, "  no stashing": 4, "interleaved": 5}
-    hues |= {"zb-h1": 2, "zb-h2": 3}
-    for curve in curves:
-        name = curve.plan.name
-        color = visual.HUES[hues[name]] if name in hues else visual.GREY
-        style = {"  no stashing": "--", "1f1b": "--", "naive": ":"}.get(name, "-")
-        when = f"t{mean[name]:.0f}" if mean[name] < torch.inf else "not all seeds"
-        times, losses = curve.times[WINDOW - 1 :], means(curve.tuned.losses)
-        band, label = curve in (hero, best), f"{name.strip()}: {when}"
-        draw_losses(axes, times, losses, color, style, label, band)
-    axes.axhline(target, color=visual.INK, lw=1, ls=":")
-    until = 1.3 * max(shown, default=max(c.times[-1] for c in curves))
-    finish_losses(axes, "simulated time")
-    axes.set(xlim=(0, until), ylim=(target / 3, 3))
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1), frameon=False, fontsize=10)
-    return figure
 
 
 if __name__ == "__main__":  # python pipedream_staleness.py is a command of the lab

@@ -375,11 +375,10 @@ def measured_once():
     worth = re.findall(r"^```\n(.*?)^```$", sections["Loss against simulated time"], re.M | re.S)
     yield "loss of", ["0.3"]
     for block, heads in zip(worth[:3], ("four", "one", "sixteen"), strict=True):
-        for line in block.splitlines()[1:9]:
+        for line in block.splitlines()[1:10]:
             name, *cells = re.split("  +", line.strip())
-            if len(cells) == 5:
-                figures = re.findall(r"\d+", " ".join(cells[-2:]))
-                yield rf"^\| {heads}, {name.replace('zb-h1', 'zero bubble')} \|", figures
+            if len(cells) > 5:
+                yield rf"^\| {heads}, {name} \|", re.findall(r"\d+", " ".join(cells[4:]))
     blocks = re.search(r"^```\n(.*?)^```$", sections["The price of staleness"], re.M | re.S)[1]
     labels = "fresh gradients", "one batch late", "seven to none", "seven on every"
     columns = [

@@ -13,21 +13,25 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import pipedream_staleness
-from pipedream_lab import LAB_CONFIG, make_plan
+import pipedream_worth
+from pipedream_lab import LAB_CONFIG, all_plans, make_plan
 from pipedream_simple import CONFIG, build_stages, make_batches, train
 from pipedream_staleness import (
+    NESTEROV,
     OPTIMIZERS,
     OptimizerWorker,
+    Tuned,
+    applies,
     batches_to,
     decided,
     delayed_training,
-    loss_times,
     momentum,
     price,
     sgd,
     try_rates,
     tuned,
 )
+from pipedream_worth import Curve, curves_of, loss_times
 
 TINY = {**CONFIG, "device": "cpu", "num_batches": 9, "layers_per_stage": 2, "hidden_size": 12}
 BY_STAGE, ON_ALL = [3, 2, 1, 0], [1, 1, 1, 1]
@@ -241,10 +245,46 @@ def test_worth_and_staleness_run_and_write(program, tmp_path, monkeypatch):  # n
     what, loss = re.search(
         r"^(\w+), .*,\nin the pipeline .*\n +with stashing +(\S+) ", out, re.M
     ).groups()
-    assert re.search(rf"^  {what} +{loss} ", out, re.M)
+    assert re.search(rf"^{what} +{loss} ", out, re.M)
     for name in ("worth", "staleness", "stashing"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width == 1400
+
+
+def test_worth_counts_the_seeds_on_which_a_schedule_is_ahead(program, monkeypatch):  # noqa: F811
+    def two_curves(config, target):
+        plans, _ = all_plans(config)
+        gpipe, hero = (next(p for p in plans if p.name == name) for name in ("gpipe", "pipedream"))
+        losses = torch.ones(3, 20)
+        fresh = Curve(gpipe, [10.0 * b for b in range(1, 21)], Tuned(0.1, losses, [11, 12, 13]))
+        stale = Curve(hero, [8.0 * b for b in range(1, 21)], Tuned(0.1, losses, [13, 16, 20]))
+        return [fresh, stale], []
+
+    monkeypatch.setattr(pipedream_worth, "curves_of", two_curves)
+    monkeypatch.setattr(pipedream_worth, "draw_and_write", lambda *a: "")
+    _, out, _ = program("worth")
+    cells = [re.split("  +", line) for line in out.splitlines()[1:3]]
+    assert [row[6:] for row in cells] == [["120 (110-130)", "2"], ["131 (104-160)"]]  # 110 > 104
+
+
+def test_the_rate_of_worth_is_the_one_that_the_flag_takes():
+    """One batch more than this rate needs, and its loss is that of a run with the flag."""
+    config = {**LAB_CONFIG, **TINY, "momentum": 0.9, "num_batches": 30, "chunks_per_gpu": 1}
+    curve = next(c for c in curves_of(config, 2.0)[0] if c.plan.name == "pipedream")
+    run = train({**TINY, "momentum": 0.9, "num_batches": 30, "learning_rate": curve.tuned.rate})
+    assert curve.tuned.losses[0].tolist() == pytest.approx(run.losses, abs=1e-3)
+
+
+def test_names_of_remedies_and_where_they_apply():
+    assert {name: float(name.split()[1]) for name in NESTEROV} == NESTEROV
+    for remedy, delays in (("pipemare", ON_ALL), ("spectrain", [0] * 4)):
+        losses = [
+            delayed_training(TINY, delays, momentum, [0.1], [0], each)[0].tolist()
+            for each in ("none", remedy)
+        ]
+        assert losses[0] == losses[1]
+        assert not applies("Adam", max(delays), remedy)
+        assert applies("Adam", max(delays) + 1, remedy)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +296,7 @@ def test_worth_and_staleness_run_and_write(program, tmp_path, monkeypatch):  # n
      ["staleness", "--learning_rate", 0.1], ["staleness", "--num_microbatches", 2]],
 )  # fmt: skip
 def test_bad_input_gets_one_line(program, monkeypatch, flags):  # noqa: F811
-    monkeypatch.setattr(pipedream_staleness, "tuned", lambda *a: pytest.fail("too late"))
+    for module in (pipedream_staleness, pipedream_worth):
+        monkeypatch.setattr(module, "tuned", lambda *a, **b: pytest.fail("too late"))
     status, out, err = program(*flags)
     assert (status, out, err.count("\n")) == (2, "", 1)

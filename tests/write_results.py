@@ -329,9 +329,9 @@ def loss_against_time() -> str:
     """## Loss against simulated time
 
     `python pipedream_lab.py worth`: batches and simulated time to a loss of 0.3, each schedule at
-    its best learning rate. Schedules with the same delays share their training, which is that of
-    the recurrence; no stashing is trained op by op. Compare times within a table: with more
-    microbatches, each is smaller. Where the ranges overlap, no difference is shown.
+    its best learning rate. A backward takes twice as long as a forward; links are free. Schedules
+    with the same delays share their training, which is that of the recurrence; no stashing is
+    trained op by op. Compare times within a table: with more microbatches, each is smaller.
     """
     parts = []
     for flags in ("", "--num_microbatches 1", "--num_microbatches 16", "--momentum 0.9"):
@@ -345,8 +345,7 @@ def price_of_staleness() -> str:
 
     `python pipedream_lab.py staleness`: 8 stages of 2 layers, hidden size 32. The grid of learning
     rates, halved from step to step: SGD 0.8 to 0.0125, momentum 3.2 to 0.0125 (times 1 - momentum),
-    Adam 0.064 to 0.00025, Muon 0.064 to 0.001. The seeds that choose the rate are those of the
-    table, so all cells are a little too good.
+    Adam 0.064 to 0.00025, Muon 0.064 to 0.001; it grows where the best rate is at its edge.
     """
     return fenced(printed("staleness"))
 
@@ -354,9 +353,10 @@ def price_of_staleness() -> str:
 def missing_stashing() -> str:
     """## Where missing stashing hurts
 
-    `python pipedream_lab.py staleness --search`: the same network with more stages and layers, one
-    microbatch per batch, momentum 0.9. Without stashing a backward meets weights that are up to 7,
-    15 and 31 updates newer than those of its forward.
+    `python pipedream_lab.py staleness --search`: the same network with more stages and layers, in
+    three widths, and for twice as many batches. One microbatch per batch, momentum 0.9. Without
+    stashing a backward meets weights that are up to 7, 15 and 31 updates newer than those of its
+    forward. At the end, the run in which this hurts most, trained in another way.
     """
     return fenced(printed("staleness", "--search"))
 
