@@ -489,7 +489,7 @@ def search_for_harm(config: dict, out: Path) -> None:
         progress("")
         print("\n".join([heading, *format_table(table)]) + "\n", flush=True)
     print(SEARCH_LEGEND.format(seeds=len(seeds), batches=small["num_batches"]))
-    what, (size, pair) = max(found.items(), key=lambda one: times_worse(one[1][1]))
+    what, (size, pair) = max(found.items(), key=lambda one: gap(one[1][1]))
     print(f"\n{what},\nin the pipeline of pipedream_simple.py, op by op:")
     for stashing, rate in zip((True, False), (one.rate for one in pair), strict=True):
         name = what.partition(",")[0]
@@ -502,9 +502,10 @@ def search_for_harm(config: dict, out: Path) -> None:
     print(f"\n{out / 'stashing.png'}: {title}")
 
 
-def times_worse(pair: list[Ended]) -> float:
-    with_it, without = (float(ends(one.losses).mean()) for one in pair)
-    return without / with_it
+def gap(pair: list[Ended]) -> float:
+    """From the worst seed with stashing to the best one without."""
+    with_it, without = (ends(one.losses) for one in pair)
+    return float(without.min() - with_it.max())
 
 
 SEARCH_LEGEND = """\
