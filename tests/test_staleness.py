@@ -23,6 +23,7 @@ from pipedream_staleness import (
     Tuned,
     applies,
     batches_to,
+    best_end,
     decided,
     delayed_training,
     momentum,
@@ -217,6 +218,19 @@ def test_the_grid_grows_until_the_best_rate_is_inside(best):
     assert asked == [1.0, 0.5]  # no rate is better than another
 
 
+def test_seeds_that_choose_a_rate_are_not_those_that_are_shown(monkeypatch):
+    def note(config, delays, optimizer, rates, seeds, *rest, **settings):
+        used.append({*seeds})
+        return train_stack(config, delays, optimizer, rates, seeds, *rest, **settings)
+
+    used, train_stack = [], pipedream_staleness.delayed_training
+    monkeypatch.setattr(pipedream_staleness, "delayed_training", note)
+    tuned(TINY, ON_ALL, sgd, [0.2, 0.1, 0.05], 2.0, range(2, 7))
+    best_end(TINY, "SGD", range(2, 7), stashing=True)
+    assert used.count({2, 3, 4, 5, 6}) == 2
+    assert all(seeds.isdisjoint(range(2, 7)) for seeds in used if seeds != {2, 3, 4, 5, 6})
+
+
 @pytest.mark.parametrize("schedule", ["gpipe", "pipedream", "interleaved"])
 def test_a_loss_is_known_when_its_last_forward_ends_on_the_last_stage(schedule):
     plan = make_plan({**LAB_CONFIG, "schedule": schedule, "num_batches": 3})
@@ -267,12 +281,16 @@ def test_worth_counts_the_seeds_on_which_a_schedule_is_ahead(program, monkeypatc
     assert [row[6:] for row in cells] == [["120 (110-130)", "2"], ["131 (104-160)"]]  # 110 > 104
 
 
-def test_the_rate_of_worth_is_the_one_that_the_flag_takes():
-    """One batch more than this rate needs, and its loss is that of a run with the flag."""
+def test_what_worth_trains_is_what_the_pipeline_trains_with_that_learning_rate():
     config = {**LAB_CONFIG, **TINY, "momentum": 0.9, "num_batches": 30, "chunks_per_gpu": 1}
-    curve = next(c for c in curves_of(config, 2.0)[0] if c.plan.name == "pipedream")
-    run = train({**TINY, "momentum": 0.9, "num_batches": 30, "learning_rate": curve.tuned.rate})
-    assert curve.tuned.losses[0].tolist() == pytest.approx(run.losses, abs=1e-3)
+    curves, _ = curves_of(config, 2.0)
+    curve = next(c for c in curves if c.plan.name == "pipedream")
+    flags = {**TINY, "momentum": 0.9, "num_batches": 30, "learning_rate": curve.tuned.rate}
+    assert curve.tuned.losses[0].tolist() == pytest.approx(train(flags).losses, abs=1e-3)
+    broken = next(c for c in curves if "no stashing" in c.plan.name)
+    run = train({**flags, "weight_stashing": False})
+    assert broken.tuned.losses[0].tolist() == pytest.approx(run.losses, abs=1e-3)
+    assert broken.tuned.losses[0].tolist() != pytest.approx(train(flags).losses, abs=1e-3)
 
 
 def test_names_of_remedies_and_where_they_apply():
