@@ -378,6 +378,7 @@ def measured_once():
         for line in block.splitlines()[1:10]:
             name, *cells = re.split("  +", line.strip())
             if len(cells) > 5:
+                name = name.replace("zb-h1", "zero bubble").replace("zb-h2", "zero bubble, early")
                 yield rf"^\| {heads}, {name} \|", re.findall(r"\d+", " ".join(cells[4:6]))
     blocks = re.search(r"^```\n(.*?)^```$", sections["The price of staleness"], re.M | re.S)[1]
     labels = "fresh gradients", "one batch late", "seven to none", "seven on every"
