@@ -997,8 +997,6 @@ def papers(config: dict) -> None:
     """
     import pipedream_papers  # here: it imports this file
 
-    if config != LAB_CONFIG:
-        raise UserError("papers takes no flags: each figure has its own settings")
     pipedream_papers.main()
 
 
@@ -1006,14 +1004,18 @@ def papers(config: dict) -> None:
 
 
 def worth(config: dict, **flags) -> None:
-    """Is PipeDream worth it? Every schedule's loss over simulated time: pipedream_staleness.py."""
-    import pipedream_staleness  # here: it imports this file
+    """Is PipeDream worth it? Every schedule's loss over simulated time: pipedream_worth.py."""
+    import pipedream_worth  # here: it imports this file
 
-    pipedream_staleness.worth(config, **flags)
+    pipedream_worth.worth(config, **flags)
 
 
 def stale(config: dict, **flags) -> None:
-    """What do old gradients cost? By delay, optimizer and remedy: pipedream_staleness.py."""
+    """What do old gradients cost? By delay, optimizer and remedy: pipedream_staleness.py.
+
+    --quick leaves out the remedies. --search asks another question, on networks of its own: where
+    does training without weight stashing get worse?
+    """
     import pipedream_staleness
 
     pipedream_staleness.staleness_cost(config, **flags)
@@ -1039,9 +1041,19 @@ COMMANDS: dict[str, tuple[Callable, dict]] = {  # -> (function, its flags beside
         {**OUT, "--quick": {"action": "store_true"}, "--search": {"action": "store_true"}},
     ),
 }
+KEYS: dict[str, tuple[str, ...]] = {  # which of the config's flags a command takes; the others: all
+    "papers": (),
+    "staleness": (
+        *("num_stages", "layers_per_stage", "hidden_size", "batch_size", "num_batches"),
+        *("seed", "device", "network"),
+    ),
+}
 DEFAULTS = {  # of a command, where they are not CONFIG's
-    "worth": {"num_batches": 200},
-    "staleness": {"num_batches": 200, "num_stages": 8, "layers_per_stage": 2, "hidden_size": 32},
+    "worth": {"num_batches": 200, "backward_time": 2},
+    "staleness": {
+        **{"num_batches": 200, "num_stages": 8, "layers_per_stage": 2, "hidden_size": 32},
+        "num_microbatches": 1,
+    },
 }
 
 
@@ -1062,14 +1074,23 @@ def parse_lab_config(
     rules=LAB_RULES,
     other=None,
     command: str = "",
+    keys: Iterable[str] | None = None,
 ) -> tuple[dict, dict]:
-    """Like parse_config. A CSV file sets num_stages and num_microbatches; flags must agree."""
+    """Like parse_config. A CSV file sets num_stages and num_microbatches; flags must agree.
+
+    keys: those of config that have a flag.
+    """
     if not isinstance(config, dict):
         check_lab_config(config, rules)
-    more = [f"--{key} (default {LAB_CONFIG[key]})" for key in LAB_CONFIG if key not in CONFIG]
-    doc = f"{doc}\n\n" + textwrap.fill(f"More flags: {', '.join(more)}; see LAB_CONFIG.", 80)
-    sizes: dict = {key: Default(config.get(key)) for key in ("num_stages", "num_microbatches")}
-    given, flags = parse_config(doc, argv, {**config, **sizes}, lambda config: None, other, command)
+    keys = config if keys is None else keys
+    more = [
+        f"--{key} (default {LAB_CONFIG[key]})" for key in keys if key in {*LAB_CONFIG} - {*CONFIG}
+    ]
+    if more:
+        doc = f"{doc}\n\n" + textwrap.fill(f"More flags: {', '.join(more)}; see LAB_CONFIG.", 80)
+    offered: dict = {key: value for key, value in config.items() if key in keys}
+    offered |= {key: Default(config[key]) for key in SIZES[:2] if key in offered}
+    given, flags = parse_config(doc, argv, offered, lambda config: None, other, command)
     given = {key: value for key, value in given.items() if not isinstance(value, Default)}
     file = file_of(given)
     sizes = sizes_of(read_csv(file)) if file else {}
@@ -1099,8 +1120,9 @@ def main() -> None:
     if name:
         command, other = COMMANDS[name]
         config = {**LAB_CONFIG, **DEFAULTS.get(name, {})}
+        keys = KEYS.get(name, LAB_CONFIG)
         config, flags = parse_lab_config(
-            command.__doc__, sys.argv[2:], config, other=other, command=name
+            command.__doc__, sys.argv[2:], config, other=other, command=name, keys=keys
         )
         command(config, **flags)
 

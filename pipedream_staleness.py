@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What does staleness cost, and does it pay? Old gradients by optimizer, remedy and delay.
+"""What do old gradients cost? By optimizer, remedy and delay; and does missing stashing hurt?
 
     python pipedream_lab.py staleness            three minutes at most: a table and staleness.png
     python pipedream_lab.py staleness --quick    without the remedies
-    python pipedream_lab.py staleness --search   where does training without stashing get worse?
-    python pipedream_lab.py worth                loss against simulated time, and worth.png
+    python pipedream_lab.py staleness --search   where does missing stashing hurt? 20 minutes
 
 PipeDream saves the flush and pays with old gradients. How many more batches do these need? A
-learning rate that suits fresh gradients is too large for old ones, so every cell of the table is
-tuned on the same grid, and the best rate counts.
+learning rate that suits fresh gradients is too large for old ones, so everything that is compared
+is tuned: the same grid, which grows where the best rate is at its edge, on other seeds than those
+of which the results are shown.
 
 Training here is the recurrence that a pipeline with stashing computes (the tests prove it): stage s
 gets the gradient of batch b at its weights of d_s updates before. No schedule, no microbatches. All
@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import torch
@@ -29,18 +30,20 @@ from torch import Tensor, nn, vmap
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from pipedream_lab import Plan, all_plans, train_plan, write
+import pipedream_lab
+from pipedream_lab import write
 from pipedream_simple import (
     CONFIG,
     Op,
     UserError,
     Worker,
     build_stages,
+    check_value,
     choose_device,
+    count,
     format_table,
     make_batches,
-    makespan,
-    staleness,
+    run_main,
     train,
 )
 
@@ -78,7 +81,8 @@ def muon(g: Tensor, state: dict, batch: int, beta: float = 0.95, look_ahead: boo
     """Momentum with all singular values made about 1; Adam for what is no matrix (Jordan, 2024).
 
     Five Newton-Schulz steps do it, without a decomposition. The last factor gives the step the size
-    of Adam's (Liu et al., 2025), so that one rate fits both.
+    of Adam's (Liu et al., 2025), so that one rate fits both. (Jordan leaves the first and the last
+    layer to Adam, too.)
     """
     if g.ndim < 3:  # (runs, size): a bias
         return adam(g, state, batch)
@@ -106,7 +110,8 @@ OPTIMIZERS: dict[str, tuple[Callable, list[float]]] = {  # -> (function, the rat
 def pipemare(delay: int, done: float) -> float:
     """Divide the rate by the delay, less and less over the first quarter of the run.
 
-    PipeMare (Yang et al., MLSys 2021), its technique T1: learning rate rescheduling.
+    PipeMare (Yang et al., MLSys 2021), its technique T1: learning rate rescheduling. (Its T2
+    corrects the weights of the backward, and belongs to training without stashing.)
     """
     return 1 / max(1, delay) ** (1 - min(1, 4 * done))
 
@@ -228,33 +233,57 @@ def decided(losses: Tensor, target: float) -> bool:
     return bool(batches_to(losses, target)[least.argmin()].isfinite().all())
 
 
-class Cell(NamedTuple):
-    """What the best learning rate of a cell needs."""
+def try_rates(
+    rates: list[float], score: Callable[[list[float]], Tensor]
+) -> tuple[float, dict[float, list[float]]]:
+    """The rate with the least mean score, and what each rate scores with each seed.
 
-    batches: list[float]  # to the target, one entry per seed; inf: not in this run
+    More rates are tried while the best is the least or the greatest of them.
+    """
+    scores = dict(zip(rates, score(rates).tolist(), strict=True))
+    while True:
+        sums = {rate: sum(each) for rate, each in scores.items()}
+        best = min(sums, key=sums.__getitem__)
+        if min(sums) < best < max(sums) or len({*sums.values()}) == 1 or len(sums) > 20:
+            return best, scores
+        more = [best / 4, best / 2] if best == min(sums) else [2 * best, 4 * best]
+        scores |= zip(more, score(more).tolist(), strict=True)
+
+
+def other_seeds(seeds: range) -> list[int]:
+    """Three seeds to choose a rate with. A rate would flatter those it is chosen with."""
+    return [seeds[0] + 1000 + i for i in range(3)]
+
+
+class Tuned(NamedTuple):
+    """Training at its best learning rate."""
+
     rate: float
-    at_edge: bool  # the best rate is the least or the greatest of the grid
-
-    def __str__(self) -> str:
-        if max(self.batches) == torch.inf:
-            return "-"
-        mean, edge = sum(self.batches) / len(self.batches), "*" * self.at_edge
-        return f"{mean:.0f}{edge} ({min(self.batches):.0f}-{max(self.batches):.0f})"
+    losses: Tensor  # (seeds, batches)
+    batches: list[float]  # to the target, one entry per seed; inf: not in this run
 
 
-def tuned(config, delays, name, remedy="none", target=0.3, seeds=(0, 1, 2), **settings) -> Cell:
-    """Train with every rate of the optimizer's grid; the one that needs the fewest batches."""
-    optimizer, rates = OPTIMIZERS[name]
-    arguments = config, delays, optimizer, rates, [*seeds], remedy
-    losses, _ = delayed_training(*arguments, watch=partial(decided, target=target), **settings)
-    return fastest(losses, rates, target)[1]
+def tuned(config, delays, optimizer, rates, target, seeds, whole=False, **settings) -> Tuned:
+    """Train at the rate that needs the fewest batches: until all are there, or the whole run."""
+    watch = partial(decided, target=target)
+    arguments = config, delays, optimizer
+
+    def score(rates):  # a seed that does not get there counts as far away
+        losses, _ = delayed_training(*arguments, rates, other_seeds(seeds), watch=watch, **settings)
+        return batches_to(losses, target).clamp(max=2 * config["num_batches"])
+
+    rate, _ = try_rates(rates, score)
+    settings |= {} if whole else {"watch": watch}
+    losses, _ = delayed_training(*arguments, [rate], [*seeds], **settings)
+    return Tuned(rate, losses[0].cpu(), batches_to(losses, target)[0].tolist())
 
 
-def fastest(losses: Tensor, rates: list[float], target: float) -> tuple[int, Cell]:
-    """Which rate needs the fewest batches; one that this run does not reach counts as far away."""
-    needed = batches_to(losses, target)
-    best = int(needed.clamp(max=2 * losses.shape[2]).mean(1).argmin())
-    return best, Cell(needed[best].tolist(), rates[best], best in (0, len(rates) - 1))
+def spread(numbers: list[float], places: int = 0) -> str:
+    """Mean (lowest to highest), or - if one of them is infinite."""
+    if max(numbers) == torch.inf:
+        return "-"
+    mean, low, high = sum(numbers) / len(numbers), min(numbers), max(numbers)
+    return f"{mean:.{places}f} ({low:.{places}f}-{high:.{places}f})"
 
 
 # --------------------------------------------------------------------------------- staleness
@@ -273,12 +302,12 @@ def delay_table(num_stages: int) -> dict[str, list[int]]:
 
 STALENESS_LEGEND = """\
    Batches until the mean training loss of ten is below {target:g}: mean (lowest to
-   highest) of {seeds} seeds at the best of 7 to 9 learning rates; -: not all seeds
-   within {batches}. *: the best rate is at the edge of the grid. Delay: by how many
-   updates the gradients are old. 0: with a flush; 1: 2BW; {last} to 0, by stage:
-   PipeDream with one microbatch per batch; {last}: the same with vertical sync.
-   pipemare changes nothing at a delay of 1, nor spectrain at 0; nesterov is a
-   remedy for momentum only, and .9 is part of Muon."""
+   highest) of {seeds} seeds, at the best of 7 or more learning rates, chosen on
+   three other seeds. -: not all seeds within {batches}. Delay: by how many updates
+   the gradients are old. 0: with a flush; 1: 2BW; {last} to 0, by stage: PipeDream
+   with one microbatch per batch; {last}: the same with vertical sync. pipemare
+   changes nothing at a delay of 1, nor spectrain at 0; nesterov is a remedy for
+   momentum only, and .9 is part of Muon."""
 
 
 def staleness_cost(
@@ -286,17 +315,19 @@ def staleness_cost(
 ) -> None:
     """What do old gradients cost? Delay by optimizer by remedy, each with its best learning rate.
 
-    Of CONFIG, the sizes of the network and of the run, seed and device count. Writes staleness.png,
-    or with --search stashing.png.
+    Writes staleness.png, or with --search stashing.png.
     """
-    check_folder(out)
+    if quick and search:
+        raise UserError("--quick and --search do not go together")
+    check_value("num_stages", config["num_stages"], (int, 2, 1_000_000))  # 1: nothing is old
+    check_output(out / ("stashing.png" if search else "staleness.png"))
     torch.set_num_threads(1)  # the matrices are small
     if search:
         search_for_harm(config, out)
         return
     delays = delay_table(config["num_stages"])
     seeds, target = range(config["seed"], config["seed"] + (3 if quick else 5)), 0.3
-    cells: dict[tuple[str, str, str], Cell] = {}
+    cells: dict[tuple[str, str, str], list[float]] = {}
     todo = [
         (name, delay, remedy)
         for name, delay, remedy in itertools.product(OPTIMIZERS, delays, REMEDIES)
@@ -304,12 +335,14 @@ def staleness_cost(
     ]
     for number, (name, delay, remedy) in enumerate(todo, start=1):
         progress(f"{number} of {len(todo)}: {name}, delay {delay}, {remedy}")
-        cells[name, delay, remedy] = tuned(config, delays[delay], name, remedy, target, seeds)
+        arguments = config, delays[delay], *OPTIMIZERS[name], target, seeds
+        cells[name, delay, remedy] = tuned(*arguments, remedy=remedy).batches
     progress("")
     for name in OPTIMIZERS:
         table = [[name, *delays]]
         for remedy in REMEDIES:
-            row = [str(cells.get((name, delay, remedy), "")) for delay in delays]
+            found = [cells.get((name, delay, remedy)) for delay in delays]
+            row = [spread(batches) if batches else "" for batches in found]
             table += [[f"  {remedy}", *row]] if any(row) else []
         print("\n".join(format_table(table)) + "\n")
     sizes = {"seeds": len(seeds), "batches": config["num_batches"], "target": target}
@@ -333,18 +366,23 @@ def progress(text: str) -> None:
         print(text, end=end, file=sys.stderr, flush=True)
 
 
-def price(cell: Cell, fresh: Cell) -> list[float]:
+def price(batches: list[float], fresh: list[float]) -> list[float]:
     """How many times as many batches as fresh gradients need: mean, lowest and highest seed."""
-    mean = sum(fresh.batches) / len(fresh.batches)
-    each = [batches / mean for batches in cell.batches]
+    mean = sum(fresh) / len(fresh)
+    each = [number / mean for number in batches]
     return [sum(each) / len(each), min(each), max(each)]
 
 
-def check_folder(out: Path) -> None:
-    """Raise a UserError now, and not after minutes, where a folder cannot be made."""
-    for folder in (out, *out.parents):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"cannot write into {out}: {folder} is not a folder")
+def check_output(path: Path) -> None:
+    """Raise a UserError now, and not after minutes, where a picture cannot be written."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is not a regular file")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(1_000_000))  # is there room?
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def draw_and_write(draw: Callable, path: Path, config: dict) -> str:
@@ -361,28 +399,32 @@ def draw_cost(num_stages: int, cells: dict, visual):
     """Prices by delay and optimizer; and what no flush gains at most, to compare."""
     delays = [*delay_table(num_stages)]
     costs = {key: price(cell, cells[key[0], delays[0], "none"]) for key, cell in cells.items()}
-    one = ", ".join(f"{name} {costs[name, delays[1], 'none'][0]:.1f}x" for name in OPTIMIZERS)
+    once = {name: costs[name, delays[1], "none"][0] for name in OPTIMIZERS}
+    found = [f"{name} {cost:.1f}x" for name, cost in once.items() if cost < torch.inf]
+    title = f"One batch of delay costs {', '.join(found)} the batches"
+    title = title if found else "Not all seeds get to the target in this run"
     lines = [
         "How many times as many batches old gradients need to the same loss, at the best rate.",
         "Filled: no remedy, and the range of the seeds. Hollow: with the best remedy, if it helps.",
     ]
-    figure = visual.new_picture(1400, 840, f"One batch of delay costs {one} the batches", lines)
+    figure = visual.new_picture(1400, 840, title, lines)
     axes = visual.add_axes(figure, 130, 140, 1230, 620)
     for (i, name), (x, delay) in itertools.product(enumerate(OPTIMIZERS), enumerate(delays)):
         mean, low, high = costs[name, delay, "none"]
+        place, hue = x + 0.2 * (i - 1.5), visual.HUES[[0, 1, 4, 5][i]]
+        axes.plot(place, mean, "o", color=hue, ms=8, label=None if x else name)
         if not high < torch.inf:
             continue  # not all seeds got there
-        place, hue = x + 0.2 * (i - 1.5), visual.HUES[[0, 1, 4, 5][i]]
         axes.plot([place, place], [low, high], color=hue, lw=2)
-        axes.plot(place, mean, "o", color=hue, ms=8, label=None if x else name)
-        axes.text(place - 0.025, mean, f"{mean:.1f}", ha="right", va="bottom", color=hue)
+        if x:
+            axes.text(place, 1.01 * high, f"{mean:.1f}", ha="center", va="bottom", color=hue)
         helped = min(costs[key][0] for key in costs if key[:2] == (name, delay))
         if delay != delays[0] and helped < mean:
             axes.plot(place + 0.07, helped, "o", mfc="white", mec=hue, ms=6)
     for microbatches in (num_stages, 4 * num_stages):
         gain = (microbatches + num_stages - 1) / microbatches
         axes.axhline(gain, color=visual.INK, lw=1, ls="--", zorder=0)
-        text = f"no flush gains {gain:.1f}x with {microbatches} microbatches"
+        text = f"no flush gains {gain:.1f}x over 1F1B\nwith {microbatches} microbatches"
         axes.text(len(delays) - 0.5, 0.99 * gain, text, ha="right", va="top", fontsize=8)
     axes.set_xticks(range(len(delays)), [f"delay {delay}" for delay in delays], fontsize=10)
     axes.set(xlim=(-0.5, len(delays) - 0.5), yscale="log", ylabel="times as many batches")
@@ -395,78 +437,109 @@ def draw_cost(num_stages: int, cells: dict, visual):
 
 # ------------------------------------------------------------------------------------- search
 
-SEARCHED = [(8, 2), (16, 2), (32, 1)]  # stages, layers per stage
+SEARCHED = [(8, 2, 32), (16, 2, 32), (32, 1, 16), (32, 1, 32), (32, 1, 64)]
+"""Stages, layers per stage, hidden size."""
+
+
+class Ended(NamedTuple):
+    """Training at the rate with which it ends best."""
+
+    rate: float
+    scores: dict[float, list[float]]  # rate -> where it ends, with the seeds that choose
+    losses: Tensor  # (seeds, batches)
+
+    def __str__(self) -> str:
+        return f"{spread(ends(self.losses).tolist(), 3)} at {self.rate:.2g}"
+
+
+def ends(losses: Tensor) -> Tensor:
+    """The mean of the last 20 batches; infinite if it diverged."""
+    return losses[..., -20:].mean(-1).nan_to_num(torch.inf, torch.inf)
+
+
+def best_end(size: dict, name: str, seeds: range, stashing: bool) -> Ended:
+    optimizer, rates = OPTIMIZERS[name]
+    delays = delay_table(size["num_stages"])[f"{size['num_stages'] - 1} to 0"]
+
+    def losses(rates, seeds):
+        return delayed_training(size, delays, optimizer, rates, seeds, stashing=stashing)[0].cpu()
+
+    rate, scores = try_rates(rates, lambda rates: ends(losses(rates, other_seeds(seeds))))
+    return Ended(rate, scores, losses([rate], [*seeds])[0])
 
 
 def search_for_harm(config: dict, out: Path) -> None:
     """Where does training without stashing end worse, each at its best rate? One microbatch."""
-    table, curves = [["stages", "layers", "optimizer", "stashing", "without", "worse"]], {}
-    seeds, harm = [*range(config["seed"], config["seed"] + 3)], []
-    for (num_stages, layers), name in itertools.product(SEARCHED, OPTIMIZERS):
-        progress(f"{num_stages} stages, {num_stages * layers} layers, {name}")
-        size = {key: config[key] for key in CONFIG}
-        size |= {"num_stages": num_stages, "layers_per_stage": layers, IN_BATCH: 1}
-        (optimizer, rates), cells, ends = OPTIMIZERS[name], [], []
-        for stashing in (True, False):
-            delays = delay_table(num_stages)[f"{num_stages - 1} to 0"]
-            arguments = size, delays, optimizer, rates, seeds
-            losses, _ = delayed_training(*arguments, stashing=stashing)
-            last = losses[:, :, -20:].mean(2).nan_to_num(torch.inf, torch.inf)
-            best = int(last.mean(1).argmin())
-            edge = "*" * (best in (0, len(rates) - 1))
-            cells.append(f"{spread(last[best])} at {rates[best]:g}{edge}")
-            curves[num_stages, layers, name, stashing] = losses[best]
-            ends.append((last[best], {**size, "weight_stashing": stashing}, rates[best]))
-        worse = bool(ends[1][0].min() > ends[0][0].max())  # the seeds do not overlap
-        table.append([f"{num_stages}", f"{num_stages * layers}", name, *cells, "yes" * worse])
-        harm += [(f"{name}, {num_stages} stages", optimizer, ends)] * worse
-    progress("")
-    print("\n".join(format_table(table)))
-    print(SEARCH_LEGEND.format(seeds=len(seeds), batches=config["num_batches"]))
-    for name, optimizer, ends in harm:  # by the trainer itself, op by op, and more seeds
-        print(f"{name}, in the pipeline of pipedream_simple.py, 5 seeds:")
-        for _, size, rate in ends:
-            more = range(seeds[0], seeds[0] + 5)
-            configs = [{**size, "learning_rate": rate, "seed": seed} for seed in more]
-            worker = partial(OptimizerWorker, optimizer)
-            losses = torch.tensor([train(c, worker_class=worker).losses[-20:] for c in configs])
-            print(f"   weight_stashing={size['weight_stashing']!s:6}{spread(losses.mean(1))}")
-    title = draw_and_write(partial(draw_search, curves), out / "stashing.png", config)
+    seeds = range(config["seed"], config["seed"] + 5)
+    small = {key: config[key] for key in CONFIG} | {"num_batches": 2 * config["num_batches"]}
+    found: dict[str, tuple[dict, list[Ended]]] = {}
+    for num_stages, layers, hidden in SEARCHED:
+        size = {**small, "num_stages": num_stages, "layers_per_stage": layers}
+        size |= {"hidden_size": hidden}
+        heading = f"{num_stages} stages of {count(layers, 'layer')}, hidden size {hidden}"
+        table = [["", "with stashing", "without", ""]]
+        for name in OPTIMIZERS:
+            progress(f"{heading}: {name}")
+            pair = [best_end(size, name, seeds, stashing) for stashing in (True, False)]
+            with_it, without = (ends(one.losses) for one in pair)
+            worse = "worse" * bool(without.min() > with_it.max())  # the seeds do not overlap
+            better = "better" * bool(without.max() < with_it.min())
+            table.append([name, *map(str, pair), worse + better])
+            found[f"{name}, {heading}"] = size, pair
+        progress("")
+        print("\n".join([heading, *format_table(table)]) + "\n", flush=True)
+    print(SEARCH_LEGEND.format(seeds=len(seeds), batches=small["num_batches"]))
+    what, (size, pair) = max(found.items(), key=lambda one: gap(one[1][1]))
+    print(f"\n{what},\nin the pipeline of pipedream_simple.py, op by op:")
+    for stashing, rate in zip((True, False), (one.rate for one in pair), strict=True):
+        name = what.partition(",")[0]
+        of_run = {**size, "learning_rate": rate, "weight_stashing": stashing}
+        worker = partial(OptimizerWorker, OPTIMIZERS[name][0])
+        runs = [train({**of_run, "seed": seed}, worker_class=worker).losses for seed in seeds]
+        last = spread(ends(torch.tensor(runs)).tolist(), 3)
+        print(f"   {'with stashing' if stashing else 'without':14}{last} at {rate:.2g}")
+    title = draw_and_write(partial(draw_search, what, pair), out / "stashing.png", config)
     print(f"\n{out / 'stashing.png'}: {title}")
 
 
-def spread(losses: Tensor) -> str:
-    return f"{losses.mean():.2f} ({losses.min():.2f}-{losses.max():.2f})"
+def gap(pair: list[Ended]) -> float:
+    """From the worst seed with stashing to the best one without."""
+    with_it, without = (ends(one.losses) for one in pair)
+    return float(without.min() - with_it.max())
 
 
 SEARCH_LEGEND = """\
    Loss of the last 20 of {batches} batches, with weight stashing and without: mean
-   (lowest to highest) of {seeds} seeds at the best of 7 to 9 rates. *: at the edge
-   of the grid. worse: no seed without stashing is as good as the worst with it.
-   One microbatch per batch: the delay falls by one from stage to stage."""
+   (lowest to highest) of {seeds} seeds, at the best of 7 or more learning rates,
+   chosen on three other seeds. worse, better: than with stashing, and the seeds
+   do not overlap. One microbatch per batch: the delay falls by one from stage
+   to stage."""
 
 
-def draw_search(curves: dict, visual):
-    """Adam's losses with and without stashing, in the two longest pipelines of one network."""
-    sizes = [key for key in curves if key[2] == "Adam" and key[0] * key[1] == 32 and key[3]]
-    longest = sizes[-1]
-    both = [(*longest[:3], stashing) for stashing in (True, False)]
-    stashed, lost = (means(curves[key]).mean(0) for key in both)
-    title = f"Adam, {longest[0]} stages: the loss ends at {lost[-1]:.2f} without stashing, "
-    title += f"at {stashed[-1]:.2f} with it"
-    ahead = float((lost < stashed).double().mean())
+def draw_search(what: str, pair: list[Ended], visual):
+    """The run in which missing stashing hurts most: its losses, and the rates that were tried."""
+    with_it, without = (f"{ends(one.losses).mean():.2f}" for one in pair)
+    title = f"{what.split(', hidden')[0]}: the loss ends at {with_it} with stashing, "
+    title += f"at {without} without"
     lines = [
-        f"But without it, the loss is the lower one for {ahead:.0%} of the run.",
-        "Mean and range of the seeds, the best learning rate for each; one microbatch per batch.",
+        "Left: each at its best learning rate. Right: where all rates end, with other seeds.",
+        f"Mean and range of the seeds; {what.partition(', ')[2]}, one microbatch per batch.",
     ]
     figure = visual.new_picture(1400, 720, title, lines)
-    for i, key in enumerate(sizes):
-        axes = visual.add_axes(figure, 110 + 660 * i, 160, 590, 440)
-        for stashing, hue, label in ((True, 0, "weight stashing"), (False, 4, "no stashing")):
-            losses = means(curves[key[0], key[1], key[2], stashing])
-            x = [*range(WINDOW, WINDOW + losses.shape[1])]
-            draw_losses(axes, x, losses, visual.HUES[hue], "-", label)
-        finish_losses(axes, f"batches; {key[0]} stages, {key[0] * key[1]} layers")
+    left = visual.add_axes(figure, 110, 160, 590, 440)
+    right = visual.add_axes(figure, 770, 160, 590, 440)
+    for one, hue, label in zip(pair, (0, 4), ("weight stashing", "no stashing"), strict=True):
+        color, curve = visual.HUES[hue], means(one.losses)
+        x = [*range(WINDOW, WINDOW + curve.shape[1])]
+        draw_losses(left, x, curve, color, "-", f"{label}, at {one.rate:.2g}")
+        rates = sorted(one.scores)
+        by_rate = torch.tensor([one.scores[rate] for rate in rates]).T
+        draw_losses(right, rates, by_rate, color, "-", label)
+        right.plot(rates, by_rate.mean(0), "o", color=color, ms=5)
+    right.set_xscale("log")
+    finish_losses(left, "batches")
+    finish_losses(right, "learning rate")
+    right.set(ylabel="training loss, last 20 batches", ylim=left.get_ylim())
     return figure
 
 
@@ -490,128 +563,6 @@ def finish_losses(axes, label: str) -> None:
     axes.legend(loc="upper right", frameon=False, fontsize=10)
 
 
-# -------------------------------------------------------------------------------------- worth
-
-
-def loss_times(plan: Plan) -> list[float]:
-    """When the loss of each batch is known: at the end of its last forward on the last stage."""
-    last, in_batch = plan.config["num_stages"] - 1, plan.config["num_microbatches"]
-    times = [0.0] * plan.config["num_batches"]
-    for op, _, _, end in plan.events:
-        if op.kind == "F" and op.stage == last:
-            times[op.microbatch // in_batch] = max(times[op.microbatch // in_batch], end)
-    return times
-
-
-class Curve(NamedTuple):
-    """A schedule's losses over simulated time."""
-
-    plan: Plan
-    times: list[float]  # one per batch
-    losses: Tensor  # (seeds, batches), at the rate that needs the fewest batches
-    cell: Cell  # batches to the target
-
-    def reached(self) -> list[float]:
-        """When, per seed: inf if not in this run."""
-        at = dict(enumerate(self.times, start=1))
-        return [at.get(n, torch.inf) for n in self.cell.batches]  # type: ignore[call-overload]
-
-
-def curves_of(config: dict, target: float, num_seeds: int = 5) -> tuple[list[Curve], list[str]]:
-    """Train for every schedule of the lab. Those with the same delays share their losses."""
-    plans, reasons = all_plans(config)
-    beta, seeds = config["momentum"], [*range(config["seed"], config["seed"] + num_seeds)]
-    rates = [config["learning_rate"] * 2.0**k for k in (-3, -2, -1, 0, 1, 2)]
-    trained: dict[tuple, tuple] = {}
-    curves = []
-    for plan in plans:
-        progress(f"training as {plan.name.strip()}")
-        old = staleness(plan.schedule, plan.config["num_microbatches"])
-        delays = old if any(old) else [0] * plan.config["num_stages"]
-        stashed = "no stashing" not in plan.name
-        key, with_stash = (*delays, stashed), (*delays, True)
-        if key not in trained and stashed:
-            scaled = [rate / (1 - beta) for rate in rates]
-            optimizer = partial(momentum, beta=beta)
-            network = {**plan.config, "learning_rate": 1}
-            losses, _ = delayed_training(network, delays, optimizer, scaled, seeds)
-            best, cell = fastest(losses, rates, target)
-            trained[key] = losses[best].cpu(), cell
-        elif key not in trained:  # no recurrence of whole batches: op by op, at pipedream's rate
-            rate = trained[with_stash][1].rate
-            runs = [
-                train_plan(plan._replace(config={**plan.config, "seed": s, "learning_rate": rate}))
-                for s in seeds
-            ]
-            losses = torch.tensor([run.losses for run in runs])
-            trained[key] = losses, Cell(batches_to(losses, target).tolist(), rate, False)
-        curves.append(Curve(plan, loss_times(plan), *trained[key]))
-    progress("")
-    return curves, reasons
-
-
-WORTH_LEGEND = """\
-   Batches, and simulated time, until the mean training loss of ten batches is
-   below {target:g}: mean (lowest to highest) of {seeds} seeds, at the best of {rates} learning
-   rates; no stashing has pipedream's. -: not all seeds got there."""
-
-
-def worth(config: dict, out: Path = Path(), loss: float = 0.3) -> None:
-    """Is PipeDream worth it? Every schedule's loss over simulated time, and the time to a loss.
-
-    A schedule without a flush has more batches in the same time, and each of them helps less.
-    Trained with the recurrence that a pipeline computes, not op by op (but for no stashing).
-    Writes worth.png.
-    """
-    if config["momentum"] == 1:
-        raise UserError("momentum=1 must be less than 1 here: it never forgets")
-    if not isinstance(loss, int | float) or not 0 < loss < 10:
-        raise UserError(f"--loss {str(loss)[:40]} must be a number between 0 and 10")
-    check_folder(out)
-    torch.set_num_threads(1)
-    curves, reasons = curves_of(config, loss)
-    table = [["schedule", "busy", "stale", "rate", "batches", f"time to a loss of {loss:g}"]]
-    for curve in curves:
-        plan, times = curve.plan, curve.reached()
-        busy = sum(e.end - e.start for e in plan.events)
-        busy /= len(plan.schedule) * makespan(plan.events)
-        old = max(staleness(plan.schedule, plan.config["num_microbatches"]))
-        time = Cell(times, 0, False)
-        table.append(
-            [plan.name, f"{busy:.1%}", f"{old}", f"{curve.cell.rate:g}", f"{curve.cell}", f"{time}"]
-        )
-    print("\n".join([*format_table(table), *reasons]))
-    print(WORTH_LEGEND.format(target=loss, seeds=len(curves[0].losses), rates=6))
-    title = draw_and_write(partial(draw_worth, curves, loss), out / "worth.png", config)
-    print(f"\n{out / 'worth.png'}: {title}")
-
-
-def draw_worth(curves: list[Curve], target: float, visual):
-    """Losses over simulated time, until the slowest but naive has reached the target."""
-    mean = {c.plan.name: sum(c.reached()) / len(c.losses) for c in curves}
-    flushing = [c for c in curves if not max(staleness(c.plan.schedule, c.plan.config[IN_BATCH]))]
-    best = min(flushing, key=lambda c: mean[c.plan.name])
-    hero = next(c for c in curves if c.plan.name == "pipedream")
-    title = f"Time to a loss of {target:g}: pipedream {mean['pipedream']:.0f}, "
-    title += f"the best flush ({best.plan.name}) {mean[best.plan.name]:.0f}"
-    if max(hero.reached()) >= min(best.reached()) and max(best.reached()) >= min(hero.reached()):
-        title += "; the seeds overlap"
-    lines = ["Simulated time, means at the best learning rates; bands: the seeds of these two."]
-    figure = visual.new_picture(1400, 720, title, lines)
-    axes = visual.add_axes(figure, 110, 110, 1000, 520)
-    shown = [t for name, t in mean.items() if t < torch.inf and name != "naive"]
-    hues = {"pipedream": 0, "  vertical sync": 1, "  no stashing": 4, "interleaved": 5, "zb-h1": 2}
-    for curve in curves:
-        name = curve.plan.name
-        color = visual.HUES[hues[name]] if name in hues else visual.GREY
-        style = {"  no stashing": "--", "1f1b": "--", "naive": ":"}.get(name, "-")
-        when = f"t{mean[name]:.0f}" if mean[name] < torch.inf else "not all seeds"
-        times, losses = curve.times[WINDOW - 1 :], means(curve.losses)
-        band, label = curve in (hero, best), f"{name.strip()}: {when}"
-        draw_losses(axes, times, losses, color, style, label, band)
-    axes.axhline(target, color=visual.INK, lw=1, ls=":")
-    until = 1.3 * max(shown, default=max(c.times[-1] for c in curves))
-    finish_losses(axes, "simulated time")
-    axes.set(xlim=(0, until), ylim=(target / 3, 3))
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1), frameon=False, fontsize=10)
-    return figure
+if __name__ == "__main__":  # python pipedream_staleness.py is a command of the lab
+    sys.argv.insert(1, "staleness")
+    sys.exit(run_main(pipedream_lab.main))

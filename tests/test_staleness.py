@@ -1,5 +1,6 @@
 """Old gradients: the recurrence is that of tests/reference.py, the optimizers are PyTorch's."""
 
+import math
 import re
 from functools import partial
 
@@ -12,20 +13,26 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import pipedream_staleness
-from pipedream_lab import LAB_CONFIG, make_plan
+import pipedream_worth
+from pipedream_lab import LAB_CONFIG, all_plans, make_plan
 from pipedream_simple import CONFIG, build_stages, make_batches, train
 from pipedream_staleness import (
+    NESTEROV,
     OPTIMIZERS,
     OptimizerWorker,
+    Tuned,
+    applies,
     batches_to,
+    best_end,
     decided,
     delayed_training,
-    loss_times,
     momentum,
     price,
     sgd,
+    try_rates,
     tuned,
 )
+from pipedream_worth import Curve, curves_of, loss_times
 
 TINY = {**CONFIG, "device": "cpu", "num_batches": 9, "layers_per_stage": 2, "hidden_size": 12}
 BY_STAGE, ON_ALL = [3, 2, 1, 0], [1, 1, 1, 1]
@@ -180,11 +187,48 @@ def test_a_cell_ends_early_only_when_no_other_rate_can_win():
     both = torch.stack([never, late])
     assert not decided(both[..., :24], 5)
     assert decided(both, 5)
-    name, config = "SGD", {**TINY, "num_batches": 60}
-    cell = tuned(config, ON_ALL, name, target=1.0)
-    losses, _ = delayed_training(config, ON_ALL, sgd, OPTIMIZERS[name][1], [0, 1, 2])
-    assert cell.batches == min(batches_to(losses, 1.0).tolist(), key=sum)
-    assert price(cell, cell)[0] == pytest.approx(1)
+    config, rates = {**TINY, "num_batches": 60}, OPTIMIZERS["SGD"][1]
+    short, whole = (
+        tuned(config, ON_ALL, sgd, rates, 1.0, range(3), whole=whole) for whole in (False, True)
+    )
+    others, _ = delayed_training(config, ON_ALL, sgd, rates, [1000, 1001, 1002])  # these choose
+    assert short.rate == whole.rate == rates[batches_to(others, 1.0).sum(1).argmin()]
+    losses, _ = delayed_training(config, ON_ALL, sgd, [short.rate], [0, 1, 2])
+    assert short.batches == whole.batches == batches_to(losses, 1.0)[0].tolist()
+    assert short.losses.shape[1] == max(short.batches)
+    assert whole.losses.tolist() == losses[0].tolist()
+    assert price(short.batches, short.batches)[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("best", [2.0**-9, 2.0**-3, 1.0, 2.0**9])
+def test_the_grid_grows_until_the_best_rate_is_inside(best):
+    def score(rates):
+        asked.extend(rates)
+        return torch.tensor([[1 + abs(math.log2(rate / best)), 1.0] for rate in rates])
+
+    asked = []
+    rate, scores = try_rates([2.0**-k for k in range(5)], score)
+    assert rate == best
+    assert min(scores) < best < max(scores)
+    assert sorted(asked) == sorted({*asked}) == sorted(scores)
+    asked.clear()
+    assert try_rates([1.0, 0.5], lambda rates: score(rates) / 0)[1] == {
+        r: [torch.inf] * 2 for r in asked
+    }
+    assert asked == [1.0, 0.5]  # no rate is better than another
+
+
+def test_seeds_that_choose_a_rate_are_not_those_that_are_shown(monkeypatch):
+    def note(config, delays, optimizer, rates, seeds, *rest, **settings):
+        used.append({*seeds})
+        return train_stack(config, delays, optimizer, rates, seeds, *rest, **settings)
+
+    used, train_stack = [], pipedream_staleness.delayed_training
+    monkeypatch.setattr(pipedream_staleness, "delayed_training", note)
+    tuned(TINY, ON_ALL, sgd, [0.2, 0.1, 0.05], 2.0, range(2, 7))
+    best_end(TINY, "SGD", range(2, 7), stashing=True)
+    assert used.count({2, 3, 4, 5, 6}) == 2
+    assert all(seeds.isdisjoint(range(2, 7)) for seeds in used if seeds != {2, 3, 4, 5, 6})
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "pipedream", "interleaved"])
@@ -200,28 +244,77 @@ def test_worth_and_staleness_run_and_write(program, tmp_path, monkeypatch):  # n
     status, out, _ = program("worth", *small, "--loss", 2.2, "--chunks_per_gpu", 1)
     assert status == 0
     assert max(map(len, out.splitlines()[:-1])) <= 80
-    rows = [re.split("  +", line.strip()) for line in out.splitlines()[1:6]]
-    assert [row[0] for row in rows] == ["naive", "gpipe", "1f1b", "interleaved", "zb-h1"]
-    assert len({row[4] for row in rows}) == 1  # one training for all that flush
-    monkeypatch.setattr(pipedream_staleness, "SEARCHED", [(4, 8)])
+    rows = [re.split("  +", line.strip()) for line in out.splitlines()[1:7]]
+    assert [row[0] for row in rows] == ["naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2"]
+    assert len({row[5] for row in rows}) == 1  # one training for all that flush
+    monkeypatch.setattr(pipedream_staleness, "SEARCHED", [(4, 1, 12)])
     monkeypatch.setattr(
         pipedream_staleness, "OPTIMIZERS", {k: (f, r[:2]) for k, (f, r) in OPTIMIZERS.items()}
     )
     for flags in (["--quick"], ["--search"]):
         status, out, _ = program("staleness", *small, *flags, "--num_stages", 4)
         assert status == 0
-        assert max(map(len, out.splitlines()[:-1])) <= 90
+        assert max(map(len, out.splitlines()[:-1])) <= 80
+    # What the recurrence says of the run that is drawn, the trainer says, too.
+    what, loss = re.search(
+        r"^(\w+), .*,\nin the pipeline .*\n +with stashing +(\S+) ", out, re.M
+    ).groups()
+    assert re.search(rf"^{what} +{loss} ", out, re.M)
     for name in ("worth", "staleness", "stashing"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width == 1400
 
 
+def test_worth_counts_the_seeds_on_which_a_schedule_is_ahead(program, monkeypatch):  # noqa: F811
+    def two_curves(config, target):
+        plans, _ = all_plans(config)
+        gpipe, hero = (next(p for p in plans if p.name == name) for name in ("gpipe", "pipedream"))
+        losses = torch.ones(3, 20)
+        fresh = Curve(gpipe, [10.0 * b for b in range(1, 21)], Tuned(0.1, losses, [11, 12, 13]))
+        stale = Curve(hero, [8.0 * b for b in range(1, 21)], Tuned(0.1, losses, [13, 16, 20]))
+        return [fresh, stale], []
+
+    monkeypatch.setattr(pipedream_worth, "curves_of", two_curves)
+    monkeypatch.setattr(pipedream_worth, "draw_and_write", lambda *a: "")
+    _, out, _ = program("worth")
+    cells = [re.split("  +", line) for line in out.splitlines()[1:3]]
+    assert [row[6:] for row in cells] == [["120 (110-130)", "2"], ["131 (104-160)"]]  # 110 > 104
+
+
+def test_what_worth_trains_is_what_the_pipeline_trains_with_that_learning_rate():
+    config = {**LAB_CONFIG, **TINY, "momentum": 0.9, "num_batches": 30, "chunks_per_gpu": 1}
+    curves, _ = curves_of(config, 2.0)
+    curve = next(c for c in curves if c.plan.name == "pipedream")
+    flags = {**TINY, "momentum": 0.9, "num_batches": 30, "learning_rate": curve.tuned.rate}
+    assert curve.tuned.losses[0].tolist() == pytest.approx(train(flags).losses, abs=1e-3)
+    broken = next(c for c in curves if "no stashing" in c.plan.name)
+    run = train({**flags, "weight_stashing": False})
+    assert broken.tuned.losses[0].tolist() == pytest.approx(run.losses, abs=1e-3)
+    assert broken.tuned.losses[0].tolist() != pytest.approx(train(flags).losses, abs=1e-3)
+
+
+def test_names_of_remedies_and_where_they_apply():
+    assert {name: float(name.split()[1]) for name in NESTEROV} == NESTEROV
+    for remedy, delays in (("pipemare", ON_ALL), ("spectrain", [0] * 4)):
+        losses = [
+            delayed_training(TINY, delays, momentum, [0.1], [0], each)[0].tolist()
+            for each in ("none", remedy)
+        ]
+        assert losses[0] == losses[1]
+        assert not applies("Adam", max(delays), remedy)
+        assert applies("Adam", max(delays) + 1, remedy)
+
+
 @pytest.mark.parametrize(
     "flags",
     [["worth", "--loss", 0], ["worth", "--loss", "x"], ["worth", "--momentum", 1],
-     ["staleness", "--num_batches", 0], ["staleness", "--quick", "--out", "/dev/null/x"]],
+     ["worth", "--loss", "True"], ["worth", "--out", "/proc/x"], ["papers", "--num_stages", 4],
+     ["staleness", "--num_batches", 0], ["staleness", "--quick", "--out", "/dev/null/x"],
+     ["staleness", "--num_stages", 1], ["staleness", "--quick", "--search"],
+     ["staleness", "--learning_rate", 0.1], ["staleness", "--num_microbatches", 2]],
 )  # fmt: skip
 def test_bad_input_gets_one_line(program, monkeypatch, flags):  # noqa: F811
-    monkeypatch.setattr(pipedream_staleness, "tuned", lambda *a: pytest.fail("too late"))
+    for module in (pipedream_staleness, pipedream_worth):
+        monkeypatch.setattr(module, "tuned", lambda *a, **b: pytest.fail("too late"))
     status, out, err = program(*flags)
     assert (status, out, err.count("\n")) == (2, "", 1)
