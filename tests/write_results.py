@@ -368,9 +368,8 @@ def missing_stashing() -> str:
     `python pipedream_lab.py staleness --search`: the same network with more stages and layers, in
     three widths, and for twice as many batches. One microbatch per batch, momentum 0.9. Without
     stashing a backward meets weights that are up to 7, 15 and 31 updates newer than those of its
-    forward. Three seeds sometimes choose a rate near divergence that fails with others: with
-    momentum, stashing and hidden size 64, for instance. At the end, the run in which no stashing
-    hurts most, by the trainer of the pipeline itself.
+    forward. At the end, the run in which no stashing hurts most, by the trainer of the pipeline
+    itself.
     """
     return fenced(printed("staleness", "--search"))
 
