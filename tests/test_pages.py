@@ -443,11 +443,11 @@ def measured_once():
         worth, ("four", "one", "sixteen"), (4, 1, 16), strict=False
     ):
         times = {}
-        for line in block.splitlines()[1:9]:
+        for line in block.splitlines()[1:10]:
             name, *cells = re.split("  +", line.strip())
-            found = re.findall(r"\d+", cells[-1]) if cells else []
+            found = re.findall(r"\d+", cells[5]) if len(cells) > 5 else []
             times[name] = [f"{int(time) / microbatches:.0f}" for time in found]
-        columns = "1f1b", "zb-h1", "interleaved", "pipedream", "vertical sync"
+        columns = "1f1b", "interleaved", "zb-h2", "pipedream", "vertical sync"
         yield rf"^\| {head} \|", [figure for name in columns for figure in times.get(name, [])]
     blocks = re.search(r"^```\n(.*?)^```$", sections["The price of staleness"], re.M | re.S)[1]
     labels = "fresh gradients", "one batch late", "seven late on the first", "seven late on every"

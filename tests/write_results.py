@@ -377,8 +377,8 @@ def missing_stashing() -> str:
 LIMITS = """\
 ## What this does not show
 
-- No GPU was used. Times of the schedules are simulated; only the last two sections have a clock in
-  them, and only there is anything sent between processes: two, on one machine.
+- No GPU was used. Times of the schedules are simulated; only the last three sections have a clock
+  in them, and only there is anything sent between processes, on one machine.
 - The network is small and the data easy. That PipeDream's stale gradients get as far as fresh
   ones in 200 batches here says nothing about large models, other optimizers or learning rates.
 - Without weight stashing, losses get worse in long pipelines only, and most with Adam. The
