@@ -68,7 +68,7 @@ def play(number):
                 language, body = block.groups()
                 if language == "csv":
                     text = SECTIONS[number][: block.start()]
-                    Path(re.findall(r"[Ss]ave \w+\s+as\s+`(.*?)`", text)[-1]).write_text(body)
+                    Path(re.findall(r"[Ss]ave\s+\w+\s+as\s+`(.*?)`", text)[-1]).write_text(body)
                 elif language == "bash" and SLOW not in body:
                     codes += map(command, body.splitlines())
                 elif language == "python" and body.startswith(" "):  # in place of a wrong line
