@@ -301,9 +301,9 @@ def test_every_file_picture_and_section_that_a_page_names_exists(page):
 def test_pytorch_has_what_the_readme_says():
     from torch.distributed import pipelining
 
-    for name in ("ScheduleGPipe", "Schedule1F1B", "ScheduleInterleaved1F1B"):
-        assert hasattr(pipelining, name)
-    assert hasattr(pipelining, "ScheduleInterleavedZeroBubble")
+    names = re.findall(r"`(Schedule\w+)`", PAGES["README.md"])
+    assert len(names) == 6
+    assert all(hasattr(pipelining.schedules, name) for name in names)
 
 
 # ----------------------------------------------------------------------- figures in the prose
@@ -433,6 +433,9 @@ def facts():
     yield "batch_size", ["16", "8"]
 
 
+OTHERS = "SGD", "momentum", "Muon"
+
+
 def measured_once():
     """What the README repeats of experiments that take minutes: the figures of TEST_RESULTS.md."""
     sections = dict(
@@ -459,6 +462,15 @@ def measured_once():
     ]
     for label, row in zip(labels, zip(*columns, strict=True), strict=True):
         yield rf"^\| {label}", [figure.rstrip("*") for figure in row]
+    search = sections["Where missing stashing hurts"]
+    for block in re.split(r"\n\n", search):
+        if block.startswith("32 stages of 1 layer, hidden size 64"):
+            (adam,) = re.findall(r"^Adam +(\S+) .*?  +(\S+) .*worse$", block, re.M)
+            yield "in the picture below the loss ends", adam
+    assert len(re.findall(r"^Adam .* worse$", search, re.M)) == 3  # "at all three widths"
+    assert "worse" not in search.partition("```")[2].split("32 stages")[0]  # eight, sixteen
+    assert [len(re.findall(rf"^{name} .* worse$", search, re.M)) for name in OTHERS] == [1, 1, 0]
+    assert re.findall(r"^(\w+) .* better$", search, re.M) == ["Muon"]
     fit, words = output_of("python pipedream_planner.py fit"), "The 7B model"
     for name in ("1f1b", "zb-h1", "pipedream 2BW"):
         yield words, [re.search(rf"^\+ {name}  .* (\S+)$", fit, re.M)[1]]
