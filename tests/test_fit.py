@@ -1,14 +1,13 @@
 """Does it fit? Published parameter counts, bytes that PyTorch keeps, and the advice."""
 
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+import pipedream_planner
 from pipedream_fit import (
     FIT,
     OPTIMIZER,
@@ -23,9 +22,7 @@ from pipedream_fit import (
     ways_to_run,
 )
 from pipedream_lab import LAB_CONFIG, make_plan, train_plan
-from pipedream_simple import CONFIG, NUM_HEADS, UserError, build_stages, peak_versions
-
-ROOT = Path(__file__).parent.parent
+from pipedream_simple import CONFIG, NUM_HEADS, UserError, build_stages, peak_versions, run_main
 
 
 @pytest.mark.parametrize(
@@ -266,10 +263,10 @@ def test_the_advice_does_not_hide_that_2bw_is_stale():
         ("--layer 3", "unknown flag '--layer'"),
     ],
 )
-def test_bad_input_gets_one_line(flags, message):
-    command = [sys.executable, "pipedream_planner.py", "fit", *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+def test_bad_input_gets_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pipedream_planner.py", "fit", *flags.split()])
+    assert run_main(pipedream_planner.main) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
     assert isinstance(UserError("x"), ValueError)
