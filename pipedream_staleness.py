@@ -305,9 +305,9 @@ STALENESS_LEGEND = """\
    highest) of {seeds} seeds, at the best of 7 or more learning rates, chosen on
    three other seeds. -: not all seeds within {batches}. Delay: by how many updates
    the gradients are old. 0: with a flush; 1: 2BW; {last} to 0, by stage: PipeDream
-   with one microbatch per batch; {last}: the same with vertical sync. pipemare
-   changes nothing at a delay of 1, nor spectrain at 0; nesterov is a remedy for
-   momentum only, and .9 is part of Muon."""
+   with one microbatch per batch; {last}: the same with vertical sync. pipemare: its
+   learning rates only; they change nothing at a delay of 1, nor spectrain at 0.
+   nesterov needs momentum, so SGD has none; .9 is part of Muon."""
 
 
 def staleness_cost(

@@ -278,6 +278,10 @@ def test_8_the_best_plan_is_that_of_brute_force():
     idle = f"{1 - sum(costs[3][:2]) / ours:.0%}"
     words = [times[0], 3, f"{ours:.1f}", compute, 3, f"{compute / 3:.1f}"]
     words += [f"{ours - compute / 3:.1f}", idle, *times[1:], 3, 1]
+    share = sum(sum(cost[:2]) for cost in costs) / 4
+    words += [f"{slowest(fast, 1e11):.2f}", share, f"{slowest(data, 1e11) - share:.2f}"]
+    assert min(plans, key=lambda plan: slowest(plan, 1e12)) == data
+    assert min(plans, key=lambda plan: slowest(plan, 1e11)) == fast
     assert figures(8) == shown(*words)
     assert f"Plan: 3-1\nSlowest stage: {ours / 1e3:.9f}" in play(8)[0]
 
