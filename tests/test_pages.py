@@ -298,6 +298,12 @@ def test_every_file_picture_and_section_that_a_page_names_exists(page):
         assert name in pipedream_simple.SCHEDULES
 
 
+@pytest.mark.parametrize("page", ["README.md", "QUICKSTART.md", "EXERCISES.md"])
+def test_no_operator_begins_a_line_where_markdown_would_read_a_list_or_a_quote(page):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text("utf-8"), flags=re.M | re.S)
+    assert re.findall(r"\n([-+*>] (?=[\d(]|[a-zA-Z] ).*)$", text, re.M) == []
+
+
 def test_pytorch_has_what_the_readme_says():
     from torch.distributed import pipelining
 
