@@ -32,7 +32,7 @@ from weakref import WeakSet
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what fails is told in one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # errors are one line
     if "PIPEDREAM_LAUNCHED" in os.environ:  # launch() holds stdin: end with it, at any time
         threading.Thread(target=lambda: os._exit(1 + len(os.read(0, 1))), daemon=True).start()
 

@@ -447,5 +447,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # python pipedream_papers.py [--help] is a command of the lab
-    sys.argv.insert(1, "papers")
+    sys.argv[:1] = ["pipedream_lab.py", "papers"]
     sys.exit(run_main(pipedream_lab.main))

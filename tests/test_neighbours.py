@@ -323,6 +323,10 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name():
         ("--sweep --optimizer sgd", "--sweep has its own optimizer: leave out --optimizer"),
         ("--sweep --out README.md", "cannot write README.md/neighbours.png: Not a directory"),
         ("--sweep --out /proc/none", "cannot write /proc/none/neighbours.png: "),
+        (
+            f"--sweep --out {300 * 'a'}",
+            f"cannot write {300 * 'a'}/neighbours.png: File name too long",
+        ),
         ("--out .", "--out is the folder of the picture that --sweep draws"),
     ],
 )

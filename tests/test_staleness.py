@@ -269,16 +269,16 @@ def test_worth_counts_the_seeds_on_which_a_schedule_is_ahead(program, monkeypatc
     def two_curves(config, target):
         plans, _ = all_plans(config)
         gpipe, hero = (next(p for p in plans if p.name == name) for name in ("gpipe", "pipedream"))
-        losses = torch.ones(3, 20)
-        fresh = Curve(gpipe, [10.0 * b for b in range(1, 21)], Tuned(0.1, losses, [11, 12, 13]))
-        stale = Curve(hero, [8.0 * b for b in range(1, 21)], Tuned(0.1, losses, [13, 16, 20]))
+        losses = torch.ones(4, 20)
+        fresh = Curve(gpipe, [10.0 * b for b in range(1, 21)], Tuned(0.1, losses, [11, 12, 13, 16]))
+        stale = Curve(hero, [8.0 * b for b in range(1, 21)], Tuned(0.1, losses, [13, 16, 20, 20]))
         return [fresh, stale], []
 
     monkeypatch.setattr(pipedream_worth, "curves_of", two_curves)
     monkeypatch.setattr(pipedream_worth, "draw_and_write", lambda *a: "")
     _, out, _ = program("worth")
     cells = [re.split("  +", line) for line in out.splitlines()[1:3]]
-    assert [row[6:] for row in cells] == [["120 (110-130)", "2"], ["131 (104-160)"]]  # 110 > 104
+    assert [row[6:] for row in cells] == [["130 (110-160)", "2"], ["138 (104-160)"]]  # 160 = 160
 
 
 def test_what_worth_trains_is_what_the_pipeline_trains_with_that_learning_rate():
@@ -309,6 +309,7 @@ def test_names_of_remedies_and_where_they_apply():
     "flags",
     [["worth", "--loss", 0], ["worth", "--loss", "x"], ["worth", "--momentum", 1],
      ["worth", "--loss", "True"], ["worth", "--out", "/proc/x"], ["papers", "--num_stages", 4],
+     ["worth", "--out", 300 * "a"],
      ["staleness", "--num_batches", 0], ["staleness", "--quick", "--out", "/dev/null/x"],
      ["staleness", "--num_stages", 1], ["staleness", "--quick", "--search"],
      ["staleness", "--learning_rate", 0.1], ["staleness", "--num_microbatches", 2]],
