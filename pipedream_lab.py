@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import re
+import signal
 import sys
 import textwrap
 from collections import Counter
@@ -31,6 +32,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 from weakref import WeakSet
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
 
 import torch
 from torch import Tensor, nn

@@ -17,12 +17,16 @@ front, that counts these runs.
 """
 
 import itertools
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
 
 import torch
 from torch import Tensor, nn, vmap

@@ -8,10 +8,14 @@ A schedule without a flush has more batches in the same time, and each of them h
 is that of pipedream_staleness.py: its recurrence and its choice of learning rates.
 """
 
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
 
 import torch
 
