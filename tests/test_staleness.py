@@ -15,10 +15,11 @@ from torch.nn.functional import cross_entropy
 import pipedream_staleness
 import pipedream_worth
 from pipedream_lab import LAB_CONFIG, all_plans, make_plan
-from pipedream_simple import CONFIG, build_stages, make_batches, train
+from pipedream_simple import CONFIG, Run, build_stages, make_batches, train
 from pipedream_staleness import (
     NESTEROV,
     OPTIMIZERS,
+    Ended,
     OptimizerWorker,
     Tuned,
     applies,
@@ -263,6 +264,34 @@ def test_worth_and_staleness_run_and_write(program, tmp_path, monkeypatch):  # n
     for name in ("worth", "staleness", "stashing"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width == 1400
+
+
+def test_the_search_tells_a_difference_only_where_the_seeds_do_not_overlap(
+    program,  # noqa: F811
+    monkeypatch,
+):
+    where = {  # it ends, with two seeds: with stashing, and without
+        "SGD": ([1, 2], [3, 4]),
+        "momentum": ([2, 3], [1, 1.5]),
+        "Adam": ([1, 3], [2, 9]),
+        "Muon": ([1, 2], [2.5, 9]),
+    }
+
+    def ended(size, name, seeds, stashing):
+        last = torch.tensor(where[name][not stashing]).view(2, 1)
+        parts = [last + 50, last - 0.5, last + 0.5]
+        return Ended(0.1, {}, torch.cat([part.expand(2, 10) for part in parts], 1))
+
+    monkeypatch.setattr(pipedream_staleness, "SEARCHED", [(4, 1, 12)])
+    monkeypatch.setattr(pipedream_staleness, "best_end", ended)
+    monkeypatch.setattr(pipedream_staleness, "train", lambda *a, **b: Run([1.0] * 20, 0, [], []))
+    monkeypatch.setattr(pipedream_staleness, "draw_and_write", lambda *a: "")
+    _, out, _ = program("staleness", "--search")
+    rows = [re.split("  +", line) for line in out.splitlines()[2:6]]
+    assert [row[0] for row in rows] == [*where]
+    assert [row[3:] for row in rows] == [["worse"], ["better"], [], ["worse"]]
+    assert rows[0][1:3] == ["1.500 (1.000-2.000) at 0.1", "3.500 (3.000-4.000) at 0.1"]
+    assert "\nSGD, 4 stages of 1 layer" in out  # Muon's seeds are closer
 
 
 def test_worth_counts_the_seeds_on_which_a_schedule_is_ahead(program, monkeypatch):  # noqa: F811
