@@ -248,6 +248,26 @@ def test_the_sweep_measures_and_draws(start, tmp_path):
         assert sent == pytest.approx(formula[name], rel=0.06)  # with the shapes of the messages
 
 
+WRONG = """
+import sys
+sys.path.insert(0, {root!r})
+import pipedream_neighbours as neighbours
+neighbours.run_all = lambda config: neighbours.distributed.gather({{}})
+neighbours.print_report = lambda config, ranks: False
+neighbours.simple.run_main(neighbours.main)
+"""
+
+
+def test_wrong_weights_end_in_exit_status_1(monkeypatch, tmp_path, capfd):
+    script = tmp_path / "wrong.py"
+    script.write_text(WRONG.format(root=str(ROOT)))
+    monkeypatch.setattr(sys, "argv", [str(script), "--gpus", "2"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capfd.readouterr().err == ""
+
+
 def test_the_picture_says_who_sends_least():
     ranks = [
         {
