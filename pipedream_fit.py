@@ -8,9 +8,13 @@
 """
 
 import inspect
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
 
 from pipedream_lab import LAB_CONFIG, make_plan
 from pipedream_simple import (

@@ -22,14 +22,19 @@ import itertools
 import json
 import math
 import re
+import signal
 import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 from weakref import WeakSet
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
 
 import torch
 from torch import Tensor, nn
@@ -945,6 +950,18 @@ def write(path: Path, content: Callable[[Path], object], config: dict, suffix: s
         raise UserError(f"cannot write {shown(str(path))}: the name must end in {suffix}")
     file = file_of(config)
     save({path: content}, read=[file] if file else [])
+
+
+def check_output(path: Path) -> None:
+    """Raise a UserError now, and not after minutes, where a picture cannot be written."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is not a regular file")
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(1_000_000))  # is there room?
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def trace(config: dict, file: Path) -> None:

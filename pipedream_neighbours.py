@@ -32,7 +32,7 @@ from weakref import WeakSet
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what fails is told in one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # errors are one line
     if "PIPEDREAM_LAUNCHED" in os.environ:  # launch() holds stdin: end with it, at any time
         threading.Thread(target=lambda: os._exit(1 + len(os.read(0, 1))), daemon=True).start()
 
@@ -150,7 +150,8 @@ def bytes_on_the_wire() -> int:
             if os.readlink(path).startswith("socket:"):
                 with socket.socket(fileno=os.dup(int(path.name))) as tcp:
                     info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    total += struct.unpack_from("Q", info, 200)[0]  # tcpi_bytes_sent
+                    sent, again = struct.unpack_from("QQ", info, 200)  # tcpi_bytes_sent, _retrans
+                    total += sent - again  # on a busy machine TCP sends some of it twice
     return total
 
 

@@ -13,10 +13,14 @@ import functools
 import inspect
 import itertools
 import math
+import signal
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
 
 import pipedream_lab
 from pipedream_lab import LAB_CONFIG, Plan, interleaved, make_plan, train_plan
@@ -447,5 +451,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # python pipedream_papers.py [--help] is a command of the lab
-    sys.argv.insert(1, "papers")
+    sys.argv[:1] = ["pipedream_lab.py", "papers"]
     sys.exit(run_main(pipedream_lab.main))

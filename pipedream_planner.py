@@ -23,6 +23,7 @@ import functools
 import itertools
 import math
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -32,6 +33,9 @@ from collections.abc import Callable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
 
 import numpy as np
 import torch

@@ -17,13 +17,16 @@ front, that counts these runs.
 """
 
 import itertools
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
 
 import torch
 from torch import Tensor, nn, vmap
@@ -31,7 +34,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import pipedream_lab
-from pipedream_lab import write
+from pipedream_lab import check_output, write
 from pipedream_simple import (
     CONFIG,
     Op,
@@ -373,18 +376,6 @@ def price(batches: list[float], fresh: list[float]) -> list[float]:
     return [sum(each) / len(each), min(each), max(each)]
 
 
-def check_output(path: Path) -> None:
-    """Raise a UserError now, and not after minutes, where a picture cannot be written."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"cannot write {path}: it is not a regular file")
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        with TemporaryFile(dir=folder) as file:
-            file.write(bytes(1_000_000))  # is there room?
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
 def draw_and_write(draw: Callable, path: Path, config: dict) -> str:
     """Draw a picture in the house style, save it, and return its title."""
     import pipedream_visual as visual  # here: it imports matplotlib
@@ -565,5 +556,5 @@ def finish_losses(axes, label: str) -> None:
 
 
 if __name__ == "__main__":  # python pipedream_staleness.py is a command of the lab
-    sys.argv.insert(1, "staleness")
+    sys.argv[:1] = ["pipedream_lab.py", "staleness"]
     sys.exit(run_main(pipedream_lab.main))

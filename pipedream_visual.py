@@ -108,12 +108,15 @@ def colors(op: Op, versions: bool = False) -> tuple[tuple, str]:
 
 
 class Picture(Figure):
-    """A figure in the house style, also where a notebook shows it."""
+    """A figure that is saved in the house style, and shown in it by a notebook."""
+
+    @house_style()
+    def savefig(self, *args: Any, **settings: Any) -> None:
+        super().savefig(*args, **settings)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        with house_style():
-            self.savefig(buffer, format="png")
+        self.savefig(buffer, format="png")
         return buffer.getvalue()
 
 

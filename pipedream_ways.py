@@ -13,9 +13,7 @@ end: what the papers say of each way, and how PyTorch is known to differ from th
 """
 
 import copy
-import errno
 import math
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -424,14 +422,14 @@ def known_of_pipelines(config: dict, of_papers: dict) -> dict[str, dict[str, Kno
 
 
 def check(config: dict) -> None:
-    """Raise a UserError for the first setting with which some way to train cannot be."""
+    """Raise a UserError for the first setting with which one of the ways cannot work."""
     rules = {"gpus": (int, 2, 16), "optimizer": (str,), "timeout": (float, 1, 86_400)}
     rules["num_batches"] = int, 3, 1_000  # in the first two, PyTorch's engines find out and settle
     for key, value in config.items():
         simple.check_value(key, value, {**simple.RULES, **rules}[key])
-    gpus, microbatches, known = config["gpus"], config["num_microbatches"], ", ".join(OPTIMIZERS)
+    gpus, microbatches, names = config["gpus"], config["num_microbatches"], ", ".join(OPTIMIZERS)
     if config["optimizer"] not in OPTIMIZERS:
-        raise UserError(f"optimizer={shown(config['optimizer'])} must be one of {known}")
+        raise UserError(f"optimizer={shown(config['optimizer'])} must be one of {names}")
     lab.check_lab_config(lab_config(config))
     if config["network"] == "transformer" and NUM_HEADS % gpus:
         raise UserError(f"gpus={gpus} must be 2 or 4: the transformer has {NUM_HEADS} heads")
@@ -449,10 +447,4 @@ def check_sweep(config: dict, defaults: dict, path: Path) -> None:
     for key in ("hidden_size", "batch_size", "optimizer", "num_microbatches", "num_batches"):
         if config[key] != defaults[key]:
             raise UserError(f"--sweep has its own {key}: leave out --{key}")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        folder = next(folder for folder in path.parents if folder.exists())
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    lab.check_output(path)

@@ -8,30 +8,33 @@ A schedule without a flush has more batches in the same time, and each of them h
 is that of pipedream_staleness.py: its recurrence and its choice of learning rates.
 """
 
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
+
 import torch
 
 import pipedream_lab
-from pipedream_lab import Plan, all_plans, train_plan
+from pipedream_lab import Plan, all_plans, check_output, train_plan
 from pipedream_simple import (
     UserError,
     check_value,
     format_table,
-    makespan,
     peak_in_flight,
     run_main,
     staleness,
+    utilization,
 )
 from pipedream_staleness import (
     IN_BATCH,
     WINDOW,
     Tuned,
     batches_to,
-    check_output,
     draw_and_write,
     draw_losses,
     finish_losses,
@@ -116,20 +119,22 @@ def worth(config: dict, out: Path = Path(), loss: float = 0.3) -> None:
     check_output(out / "worth.png")
     torch.set_num_threads(1)
     curves, reasons = curves_of(config, loss)
-    hero = hero_of(curves).reached()
+    hero = hero_of(curves)
     heads = ["schedule", "busy", "held", "stale", "rate", "batches", f"time to {loss:g}", "first"]
     table = [heads]
     for curve in curves:
         plan, times = curve.plan, curve.reached()
-        busy = sum(e.end - e.start for e in plan.events)
-        busy /= len(plan.schedule) * makespan(plan.events)
         old = max(staleness(plan.schedule, plan.config["num_microbatches"]))
-        first = sum(a < b for a, b in zip(times, hero, strict=True))
-        cells = [f"{busy:.1%}", str(max(peak_in_flight(plan.schedule))), str(old)]
+        first = sum(a < b for a, b in zip(times, hero.reached(), strict=True))
+        cells = [
+            f"{utilization(plan.events):.1%}",
+            str(max(peak_in_flight(plan.schedule))),
+            str(old),
+        ]
         cells += [f"{curve.tuned.rate:.2g}", spread(curve.tuned.batches), spread(times)]
-        table.append([plan.name, *cells, str(first) if times != hero else ""])
+        table.append([plan.name, *cells, "" if curve is hero else str(first)])
     print("\n".join([*format_table(table), *reasons]))
-    print(WORTH_LEGEND.format(target=loss, seeds=len(hero)))
+    print(WORTH_LEGEND.format(target=loss, seeds=len(hero.tuned.batches)))
     title = draw_and_write(partial(draw_worth, curves, loss), out / "worth.png", config)
     print(f"\n{out / 'worth.png'}: {title}")
 
@@ -173,5 +178,5 @@ def draw_worth(curves: list[Curve], target: float, visual):
 
 
 if __name__ == "__main__":  # python pipedream_worth.py is a command of the lab
-    sys.argv.insert(1, "worth")
+    sys.argv[:1] = ["pipedream_lab.py", "worth"]
     sys.exit(run_main(pipedream_lab.main))

@@ -16,6 +16,7 @@ from pipedream_fit import (
     complete,
     count_activations,
     count_parameters,
+    describe,
     fit,
     memory_of,
     microbatches_held,
@@ -292,3 +293,10 @@ def test_bad_input_gets_one_line(flags, message, monkeypatch, capsys):
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
     assert isinstance(UserError("x"), ValueError)
+
+
+def test_help_names_the_default_and_the_other_choices():
+    text = describe("")
+    assert "--precision bf16  (or fp32)\n" in text
+    assert "--optimizer adam  (or sgd, momentum)\n" in text
+    assert "--layers the model's\n" in text

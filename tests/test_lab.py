@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import runpy
 import subprocess
 import sys
 import weakref
@@ -894,6 +895,16 @@ def test_a_wrong_weight_gradient_time_is_told_what_it_is_a_part_of(program):
     _, _, err = program("why", "--weight_gradient_time", 3)
     assert "weight_gradient_time=3 must be a part of backward_time=1, from 0.001 to" in err
     assert "0 stands for half" in err
+
+
+@pytest.mark.parametrize("command", ["worth", "staleness", "papers"])
+def test_a_file_of_a_command_is_that_command(monkeypatch, capsys, command):
+    path = str(Path(pipedream_lab.__file__).with_name(f"pipedream_{command}.py"))
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(path, run_name="__main__")
+    assert done.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: pipedream_lab.py {command} [-h]")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

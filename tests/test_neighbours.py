@@ -248,6 +248,26 @@ def test_the_sweep_measures_and_draws(start, tmp_path):
         assert sent == pytest.approx(formula[name], rel=0.06)  # with the shapes of the messages
 
 
+WRONG = """
+import sys
+sys.path.insert(0, {root!r})
+import pipedream_neighbours as neighbours
+neighbours.run_all = lambda config: neighbours.distributed.gather({{}})
+neighbours.print_report = lambda config, ranks: False
+neighbours.simple.run_main(neighbours.main)
+"""
+
+
+def test_wrong_weights_end_in_exit_status_1(monkeypatch, tmp_path, capfd):
+    script = tmp_path / "wrong.py"
+    script.write_text(WRONG.format(root=str(ROOT)))
+    monkeypatch.setattr(sys, "argv", [str(script), "--gpus", "2"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capfd.readouterr().err == ""
+
+
 def test_the_picture_says_who_sends_least():
     ranks = [
         {
@@ -323,6 +343,10 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name():
         ("--sweep --optimizer sgd", "--sweep has its own optimizer: leave out --optimizer"),
         ("--sweep --out README.md", "cannot write README.md/neighbours.png: Not a directory"),
         ("--sweep --out /proc/none", "cannot write /proc/none/neighbours.png: "),
+        (
+            f"--sweep --out {300 * 'a'}",
+            f"cannot write {300 * 'a'}/neighbours.png: File name too long",
+        ),
         ("--out .", "--out is the folder of the picture that --sweep draws"),
     ],
 )

@@ -249,17 +249,23 @@ def test_the_trade_offs_of_the_readme_are_those_of_the_rows(S, M, N, V):  # noqa
             assert eval(cell[0], values) == pytest.approx(figure), (name, cell)
 
 
-def test_every_command_in_the_prose_is_one_that_its_script_knows():
-    shown = re.findall(
-        r"`python (pipedream_\w+\.py)([^`]*)`", PAGES["README.md"].replace("\n", " ")
-    )
+def test_every_command_in_the_prose_is_one_that_its_script_knows(monkeypatch):
+    """Those of the lab and the planner are parsed; of the others, flags are looked up."""
+    text = PAGES["README.md"].replace("\n", " ")
+    shown = re.findall(r"`python (pipedream_\w+\.py)([^`]*)`", text)
     assert len(shown) > 15
+    with_commands = {"pipedream_lab.py": pipedream_lab, "pipedream_planner.py": pipedream_planner}
+    for module in with_commands.values():
+        for name, (_, *rest) in module.COMMANDS.items():
+            monkeypatch.setitem(module.COMMANDS, name, (lambda *args, **flags: None, *rest))
     sources = [path.read_text("utf-8") for path in ROOT.glob("pipedream_*.py")]
     for script, rest in shown:
         words = rest.split()
-        doc = sys.modules[script.removesuffix(".py")].__doc__
-        if words and not words[0].startswith("--"):
-            assert f"{script} {words[0]}" in doc
+        if script in with_commands:
+            module = with_commands[script]
+            assert f"{script} {words[0]}" in module.__doc__
+            monkeypatch.setattr(sys, "argv", [script, *words])
+            assert run_main(module.main) == 0, words
         for flag in (word.removeprefix("--") for word in words if word.startswith("--")):
             assert any(f"--{flag}" in text or f'"{flag}"' in text for text in sources), flag
 
@@ -271,9 +277,7 @@ def test_every_flag_that_a_page_shows_exists_and_is_accepted(page):
     shown += re.findall(r"python pipedream_simple.py (--[^`]+?)(?:`|$)", PAGES[page], re.M)
     assert shown
     for flags in shown:
-        if flags == "--timeout":
-            assert '"timeout"' in (ROOT / "pipedream_distributed.py").read_text("utf-8")
-        elif flags.split()[0] not in ("--out", "--animate", "--sweep"):  # not CONFIG's
+        if flags.split()[0] not in ("--help", "--out", "--animate", "--sweep"):  # not CONFIG's
             check_config(config_of(flags))
 
 
@@ -282,6 +286,9 @@ def test_every_file_picture_and_section_that_a_page_names_exists(page):
     targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", PAGES[page])
     for target in targets:
         assert (ROOT / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([\w.]*)#([^)]*)\)", PAGES[page]):
+        headings = re.findall(r"^#+ (.*)$", PAGES[target or page], re.M)
+        assert anchor in [re.sub(r"[^\w -]", "", h).replace(" ", "-").lower() for h in headings]
     for name in re.findall(r"`(\w+\.(?:png|gif))`", PAGES[page]):
         assert (ROOT / "images" / name).exists(), name
     for name in re.findall(r"`(\w+\.py)`", PAGES[page]):
@@ -315,20 +322,20 @@ def test_pytorch_has_what_the_readme_says():
 # ----------------------------------------------------------------------- figures in the prose
 
 NAMES_AND_FORMULAS = [
-    r"\b1F1B\b", r"-2BW\b", r"\bZeRO-3\b", r"\b1/G\b", r"\bW\(0\)", r"\bMB\d\b", r"GPU\d\b",
+    r"\b1F1B\b", r"-2BW\b", r"\bZeRO-3\b", r"\bMB\d\b", r"GPU\d\b",
     r"[SMNnt] ?[-+] 1\b", r"\bd \+ 1\b", r"W\(t[-+]1\)", r"W[012]\b", r"1 / S\b", r"max\(0,",
-    r"M = 1\b", r"[Vv]ersion [01]\b", r"\bv[0-9]\b", r"[Ss]tages? [0123]( to 2)?\b", r"\brank 0\b",
-    r"Batch \d", r"Microbatches 4 to 7\b", r"[Mm]icrobatch [3478]\b", r"[Ss]tep \d", r"^#+ \d\. ",
-    r"^\d\. ", r"\bfloat64\b", r"\bVGG-16\b",
+    r"M = 1\b", r"[Vv]ersion [01]\b", r"\bv[0-9]\b", r"[Ss]tages? [0123]( to 2)?\b",
+    r"Batch \d", r"[Mm]icrobatch [3478]\b", r"[Ss]tep \d", r"^#+ \d\. ",
+    r"^\d\. ", r"\bfloat64\b",
     r"\b(Llama 2 )?7B\b", r"ZB-H[12]\b", r"ZeRO-1 and 2\b", r"ZeRO-[12]\b", r"\bF7\b", r"\b2BW\b",
 ]  # fmt: skip
 SOURCES = [
     r"Python 3\.10", r"(SOSP|NeurIPS) 2019", r"ICML 2021", r"SC 202[01]", r"ICLR 2024",
-    r"Repository, 1998", r"Korthikanti et al\., 2022",
+    r"Repository, 1998",
     r"[Ss]ections? \d(\.\d)?( \([^)]*\))?(( and| to|,) \d(\.\d)?)?",
-    r"CC BY 4\.0", r"(doi|arxiv)\.org/[\w./]+", r"\(stage 1\), gradients \(2\), weights \(3\)",
-    r"stages? 1 and 2", r"stages? \(?[123]\b",  # ZeRO's
-    r"MLSys 2021", r"(SpecTrain|Chen et al\.), 2018", r"arXiv \d{4}\.\d{5}",
+    r"CC BY 4\.0", r"(doi|arxiv)\.org/[\w./]+",
+    r"stages? \(?[123]\b",  # ZeRO's
+    r"MLSys 2021", r"(SpecTrain|Chen et al\.), 2018",
 ]  # fmt: skip
 
 
@@ -362,7 +369,7 @@ def facts():
     """(words that say what it is, the figures): what this program computes for the pages."""
     busy = {n: percent(schedule=n) for n in ("naive", "gpipe", "1f1b", "pipedream")}
     yield "naive", [busy["naive"]]
-    yield "one microbatch|one piece of work|one GPU works|Four GPUs", [busy["naive"]]
+    yield "one microbatch|one GPU works|Four GPUs", [busy["naive"]]
     yield "four microbatches on four stages", [busy["gpipe"]]
     naive = [makespan(run_of(schedule="naive", num_stages=stages)) for stages in (8, 4)]
     yield "Twice the network", naive
@@ -400,22 +407,16 @@ def facts():
     ):
         run = train(config_of(flags))
         assert run.peak_versions == peak_versions(build_schedule(config_of(flags)))
-        for row in (r" \| \d", ".* weight versions"):
-            yield rf"^\| `{flags}`{row}", run.peak_versions
+        yield rf"^\| `{flags}` \| \d", run.peak_versions
         yield rf"`{flags}`", run.peak_versions
     three = (("naive", 1, 1), ("gpipe", 9, 1), ("pipedream", 9, 3))
     round_figures = [percent(schedule=n, num_microbatches=m, num_batches=b) for n, m, b in three]
     assert round_figures == ["25.0%", "75.0%", "90.0%"]
-    yield (
-        "25 → 75 → 90 %|25, 75 and 90 percent|25% → 75% → 90%",
-        ["25", "75", "90", "25%", "75%", "90%"],
-    )
-    yield "25, 75 and 90 percent", [f"{m * b}/{m * b + 3}" for _, m, b in three]
+    yield "25% → 75% → 90%", ["25%", "75%", "90%"]
     with np.load(ROOT / "digits.npz") as digits:
         count, height, width = digits["images"].shape
         yield "images of handwritten digits", [f"{count:,}", height, width]
         yield "pixels of", [digits["images"].min(), digits["images"].max()]
-    yield "`backward_time`", [CONFIG["backward_time"]]
     assert '"atol": 1e-12' in (ROOT / "tests" / "test_training.py").read_text()
     yield "float64", ["1e-12", "1", "12"]
     check = inspect.getsource(pipedream_distributed.check_engine)

@@ -1035,6 +1035,20 @@ def test_importing_has_no_effect_and_own_settings_do_not_reach_the_pictures():
         assert matplotlib.rcParams["axes.facecolor"] == "black"
 
 
+@pytest.mark.parametrize("name", PICTURES)
+def test_at_the_prompt_own_settings_do_not_reach_a_picture_either(name, tmp_path):
+    import matplotlib
+
+    own = {"font.size": 20, "lines.linewidth": 9, "savefig.facecolor": "black"}
+    shown = []
+    for settings in ({}, own):
+        with matplotlib.rc_context(settings):
+            picture = PICTURES[name](CONFIG)
+            picture.savefig(tmp_path / "picture.png")
+            shown += [picture._repr_png_(), (tmp_path / "picture.png").read_bytes()]
+    assert len({*shown}) == 1
+
+
 # ------------------------------------------------------------------------ the committed pictures
 
 

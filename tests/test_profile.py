@@ -176,6 +176,13 @@ def test_a_plan_counts_the_bytes_that_exist_while_its_stages_train(
         assert stage.bytes == held.weights + held.activations - output - loss - pixels
 
 
+def test_the_forwards_that_recompute_repeats_are_said_to_count(program, free_messages, tmp_path):
+    again = "Busy time includes the forwards that recompute runs a second time."
+    for flag in (True, False):
+        _, out, _ = program("profile", tmp_path / "my.csv", *FLAGS, "--recompute", flag)
+        assert (again in out) == flag
+
+
 def test_a_transformer_layer_keeps_what_the_formula_of_fit_says():
     layers = describe_layers({**SMALL, "network": "transformer", "num_stages": 3})
     images = SMALL["batch_size"] // SMALL["num_microbatches"]

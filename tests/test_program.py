@@ -678,11 +678,14 @@ def test_ctrl_c_ends_with_one_line_and_status_130(program, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("seconds", [0.3, 0.8])
-def test_ctrl_c_during_the_imports_shows_no_traceback(seconds):
-    run = subprocess.Popen(
-        [sys.executable, str(SCRIPT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+@pytest.mark.parametrize(
+    ("script", "seconds"),
+    [("simple", 0.8), *((name, 0.3) for name in ("simple", "lab", "planner", "fit", "page"))],
+)
+def test_ctrl_c_during_the_imports_shows_no_traceback(script, seconds):
+    command = [sys.executable, str(SCRIPT.with_name(f"pipedream_{script}.py"))]
+    command += ["why"] * (script == "lab") + ["train", "1-1"] * (script == "planner")
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with pytest.raises(subprocess.TimeoutExpired):
         run.wait(seconds)
     run.send_signal(signal.SIGINT)

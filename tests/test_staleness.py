@@ -15,10 +15,11 @@ from torch.nn.functional import cross_entropy
 import pipedream_staleness
 import pipedream_worth
 from pipedream_lab import LAB_CONFIG, all_plans, make_plan
-from pipedream_simple import CONFIG, build_stages, make_batches, train
+from pipedream_simple import CONFIG, Run, build_stages, make_batches, train
 from pipedream_staleness import (
     NESTEROV,
     OPTIMIZERS,
+    Ended,
     OptimizerWorker,
     Tuned,
     applies,
@@ -265,20 +266,48 @@ def test_worth_and_staleness_run_and_write(program, tmp_path, monkeypatch):  # n
             assert image.width == 1400
 
 
+def test_the_search_tells_a_difference_only_where_the_seeds_do_not_overlap(
+    program,  # noqa: F811
+    monkeypatch,
+):
+    where = {  # it ends, with two seeds: with stashing, and without
+        "SGD": ([1, 2], [3, 4]),
+        "momentum": ([2, 4], [1, 3]),
+        "Adam": ([1, 3], [2, 9]),
+        "Muon": ([2, 3], [1, 1.5]),
+    }
+
+    def ended(size, name, seeds, stashing):
+        last = torch.tensor(where[name][not stashing]).view(2, 1)
+        parts = [last + 50, last - 0.5, last + 0.5]
+        return Ended(0.1, {}, torch.cat([part.expand(2, 10) for part in parts], 1))
+
+    monkeypatch.setattr(pipedream_staleness, "SEARCHED", [(4, 1, 12)])
+    monkeypatch.setattr(pipedream_staleness, "best_end", ended)
+    monkeypatch.setattr(pipedream_staleness, "train", lambda *a, **b: Run([1.0] * 20, 0, [], []))
+    monkeypatch.setattr(pipedream_staleness, "draw_and_write", lambda *a: "")
+    _, out, _ = program("staleness", "--search")
+    rows = [re.split("  +", line) for line in out.splitlines()[2:6]]
+    assert [row[0] for row in rows] == [*where]
+    assert [row[3:] for row in rows] == [["worse"], [], [], ["better"]]
+    assert rows[0][1:3] == ["1.500 (1.000-2.000) at 0.1", "3.500 (3.000-4.000) at 0.1"]
+    assert "\nSGD, 4 stages of 1 layer" in out
+
+
 def test_worth_counts_the_seeds_on_which_a_schedule_is_ahead(program, monkeypatch):  # noqa: F811
     def two_curves(config, target):
         plans, _ = all_plans(config)
         gpipe, hero = (next(p for p in plans if p.name == name) for name in ("gpipe", "pipedream"))
-        losses = torch.ones(3, 20)
-        fresh = Curve(gpipe, [10.0 * b for b in range(1, 21)], Tuned(0.1, losses, [11, 12, 13]))
-        stale = Curve(hero, [8.0 * b for b in range(1, 21)], Tuned(0.1, losses, [13, 16, 20]))
+        losses = torch.ones(4, 20)
+        fresh = Curve(gpipe, [10.0 * b for b in range(1, 21)], Tuned(0.1, losses, [11, 12, 13, 16]))
+        stale = Curve(hero, [8.0 * b for b in range(1, 21)], Tuned(0.1, losses, [13, 16, 20, 20]))
         return [fresh, stale], []
 
     monkeypatch.setattr(pipedream_worth, "curves_of", two_curves)
     monkeypatch.setattr(pipedream_worth, "draw_and_write", lambda *a: "")
     _, out, _ = program("worth")
     cells = [re.split("  +", line) for line in out.splitlines()[1:3]]
-    assert [row[6:] for row in cells] == [["120 (110-130)", "2"], ["131 (104-160)"]]  # 110 > 104
+    assert [row[6:] for row in cells] == [["130 (110-160)", "2"], ["138 (104-160)"]]  # 160 = 160
 
 
 def test_what_worth_trains_is_what_the_pipeline_trains_with_that_learning_rate():
@@ -309,6 +338,7 @@ def test_names_of_remedies_and_where_they_apply():
     "flags",
     [["worth", "--loss", 0], ["worth", "--loss", "x"], ["worth", "--momentum", 1],
      ["worth", "--loss", "True"], ["worth", "--out", "/proc/x"], ["papers", "--num_stages", 4],
+     ["worth", "--out", 300 * "a"],
      ["staleness", "--num_batches", 0], ["staleness", "--quick", "--out", "/dev/null/x"],
      ["staleness", "--num_stages", 1], ["staleness", "--quick", "--search"],
      ["staleness", "--learning_rate", 0.1], ["staleness", "--num_microbatches", 2]],

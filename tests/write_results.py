@@ -1,7 +1,7 @@
 """Measure, and write TEST_RESULTS.md: python tests/write_results.py
 
-Every section is a function that runs the program and returns text. The tests run them again and
-compare with what the file says, all but what belongs to the machine: versions and speeds.
+Every section is a function that runs the program and returns text. The tests run those again that
+take seconds, and compare with what the file says.
 """
 
 import contextlib
@@ -309,8 +309,8 @@ def real_time() -> str:
 def neighbours() -> str:
     """## Instead of a pipeline
 
-    `python pipedream_neighbours.py`: the same transformer, trained in seven other ways on PyTorch's
-    own engines by four processes; every way is compared with one process. Times are of processes
+    `python pipedream_neighbours.py`: one transformer, trained by one process, and by four in seven
+    ways, on PyTorch's own engines. All end on the weights that they should. Times are of processes
     that share cores.
     """
     command = [sys.executable, str(ROOT / "pipedream_neighbours.py")]
