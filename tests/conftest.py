@@ -1,7 +1,12 @@
-"""One thread, and which tests need a newer PyTorch than the scripts do."""
+"""One thread; which tests need a newer PyTorch than the scripts do; and a fixture of two files."""
+
+import sys
 
 import pytest
 import torch
+
+import pipedream_planner
+from pipedream_simple import run_main
 
 # The matrices are small: a second thread brings nothing, and costs a lot on a busy machine.
 torch.set_num_threads(1)
@@ -15,3 +20,16 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if any(name in item.nodeid for name in NEED_2_13):
                 item.add_marker(pytest.mark.skip(reason="needs torch 2.13"))
+
+
+@pytest.fixture
+def planner(monkeypatch, capsys):
+    """Run the planner in this process: planner("plan", file, ...) -> (status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pipedream_planner.py", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "80")
+        status = run_main(pipedream_planner.main)
+        return status, *capsys.readouterr()
+
+    return run

@@ -28,7 +28,7 @@ from pipedream_planner import (
     read_profile,
     simulate_plan,
 )
-from pipedream_simple import UserError, run_main
+from pipedream_simple import UserError
 
 SCRIPT = Path(pipedream_planner.__file__)
 
@@ -208,9 +208,9 @@ def test_noam_is_that_of_the_paper():
     assert count_in_flight(replicas=2, behind=1) == 2
 
 
-def test_data_parallelism_is_a_plan_where_it_wins(profile, program):
+def test_data_parallelism_is_a_plan_where_it_wins(profile, planner):
     file = profile("\n".join([",".join(COLUMNS), "a,1,2,4e6,1000", "b,3,1,4e6,2000"]), "my.csv")
-    status, out, _ = program("plan", file, "--gpus", 16, "--bandwidth", 1e9)
+    status, out, _ = planner("plan", file, "--gpus", 16, "--bandwidth", 1e9)
     assert status == 0
     assert "\nPlan: 16\n" in f"\n{out}"
     assert "Data parallelism is the best plan" in out
@@ -223,19 +223,19 @@ def test_levels_of_equal_replicas_are_data_parallelism_on_all_gpus():
     assert plan.data_parallel == plan.slowest.seconds == pytest.approx((3 + 2.5 + 1) / 16)
 
 
-def test_with_kept_bytes_memory_is_counted_in_them(profile, program):
+def test_with_kept_bytes_memory_is_counted_in_them(profile, planner):
     """Two layers with outputs of 1 MB, of which the first keeps 3 GB and the second 1 GB."""
     lines = [f"{CSV},kept_bytes", "a,1,2,1e6,1e9,3e9", "b,1,2,1e6,1e9,1e9"]
     flags = ["--gpus", 2, "--bandwidth", 1e9, "--straight"]
-    status, out, _ = program("plan", profile("\n".join(lines), "my.csv"), *flags)
+    status, out, _ = planner("plan", profile("\n".join(lines), "my.csv"), *flags)
     assert status == 0
     assert re.search(r"^0 .* 2 +8$\n^1 .* 1 +2$", out, re.M)
     assert "what the layers keep for its backward" in out
     short = "\n".join(line.rpartition(",")[0] for line in lines)
-    status, out, _ = program("plan", profile(short, "my.csv"), *flags)
+    status, out, _ = planner("plan", profile(short, "my.csv"), *flags)
     assert re.search(r"^0 .* 2 +2\.002$\n^1 .* 1 +1\.001$", out, re.M)
     assert "the outputs of the layers, as the profile has no" in out
-    with_limit = program("plan", profile("\n".join(lines), "my.csv"), *flags, "--memory", 7e9)
+    with_limit = planner("plan", profile("\n".join(lines), "my.csv"), *flags, "--memory", 7e9)
     assert with_limit[0] == 2
 
 
@@ -252,10 +252,10 @@ def test_with_kept_bytes_memory_is_counted_in_them(profile, program):
         (5, 1e9, 3e6, "which spends 60% of its time on computing. Data"),
     ],
 )
-def test_the_text_names_the_bottleneck(profile, program, gpus, bandwidth, weights, text):
+def test_the_text_names_the_bottleneck(profile, planner, gpus, bandwidth, weights, text):
     chain = [CSV, f"a,4,8,100,{weights}", f"b,2,4,100,{weights}", f"c,2,4,100,{weights}"]
     file = profile("\n".join(chain), "my.csv")
-    status, out, _ = program("plan", file, "--gpus", gpus, "--bandwidth", bandwidth)
+    status, out, _ = planner("plan", file, "--gpus", gpus, "--bandwidth", bandwidth)
     assert status == 0
     assert text in " ".join(out.split())
 
@@ -342,11 +342,11 @@ def test_planning_takes_seconds_and_little_memory(profile):
     tracemalloc.stop()
 
 
-def test_more_gpus_than_can_be_planned_in_a_minute_are_refused(profile, program):
+def test_more_gpus_than_can_be_planned_in_a_minute_are_refused(profile, planner):
     for gpus in ([10_000], [900, 900]):
         start = time.process_time()
         flags = ["--gpus", *gpus, "--bandwidth", *[1e9] * len(gpus)]
-        status, out, err = program("plan", profile("vgg16"), *flags)
+        status, out, err = planner("plan", profile("vgg16"), *flags)
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert time.process_time() - start < 1
         assert f"40 layers on {math.prod(gpus):,} GPUs would take minutes" in err
@@ -358,17 +358,6 @@ def test_more_gpus_than_can_be_planned_in_a_minute_are_refused(profile, program)
 
 
 # ----------------------------------------------------------------------------------- command
-
-
-@pytest.fixture
-def program(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["pipedream_planner.py", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "80")
-        status = run_main(main)
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def test_the_script_prints_the_plan(profile):
@@ -393,9 +382,9 @@ def test_the_script_prints_the_plan(profile):
         ["alexnet", "--gpus", 20, "--bandwidth", 1e9, "--straight"],
     ],
 )
-def test_the_table_adds_up_and_fits_on_80_columns(profile, program, flags):
+def test_the_table_adds_up_and_fits_on_80_columns(profile, planner, flags):
     """Each stage: GPUs and layers, all of them once, and the plan's first line."""
-    status, out, err = program("plan", profile(flags[0]), *flags[1:])
+    status, out, err = planner("plan", profile(flags[0]), *flags[1:])
     assert (status, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
     rows = [re.split("  +", line) for line in out.splitlines() if re.match(r"\d+ [ *]+\d", line)]
@@ -469,24 +458,24 @@ BAD = {  # text of the profile, flags, what the one line must name
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_line(profile, program, case):
+def test_bad_input_gets_one_line(profile, planner, case):
     text, flags, named = BAD[case]
-    status, out, err = program("plan", profile(text), *flags)
+    status, out, err = planner("plan", profile(text), *flags)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert named in err
     assert len(err) < 600
 
 
 @pytest.mark.parametrize("arguments", [["nope"], ["pla"], ["plan"], ["plan", "none.txt", *ALL]])
-def test_a_bad_command_or_file_gets_one_line(program, arguments):
-    status, out, err = program(*arguments)
+def test_a_bad_command_or_file_gets_one_line(planner, arguments):
+    status, out, err = planner(*arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
 
 
-def test_a_file_that_is_no_text_or_a_folder_gets_one_line(program, tmp_path):
+def test_a_file_that_is_no_text_or_a_folder_gets_one_line(planner, tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path, tmp_path / "bytes"):
-        status, out, err = program("plan", path, *ALL)
+        status, out, err = planner("plan", path, *ALL)
         assert (status, out, err.count("\n")) == (2, "", 1)
 
 

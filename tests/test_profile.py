@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 
 import pytest
 import torch
@@ -16,26 +15,14 @@ from pipedream_planner import (
     KEPT,
     best_plan,
     describe_layers,
-    main,
     measure_stages,
     read_profile,
     time_message,
 )
-from pipedream_simple import NUM_HEADS, Worker, build_stages, run_main
+from pipedream_simple import NUM_HEADS, Worker, build_stages
 
 SMALL = {**LAB_CONFIG, "hidden_size": 12, "layers_per_stage": 1, "device": "cpu"}
 FLAGS = ["--hidden_size", 12, "--num_stages", 2, "--layers_per_stage", 2, "--device", "cpu"]
-
-
-@pytest.fixture
-def program(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["pipedream_planner.py", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "80")
-        status = run_main(main)
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -127,9 +114,9 @@ def test_on_one_gpu_every_schedule_takes_all_computing_and_all_updates(monkeypat
     assert all(re.search(r" 15 +100.0% +1.00x$", row) for row in rows)
 
 
-def test_the_file_has_the_layers_and_the_planner_cuts_them(program, free_messages, tmp_path):
+def test_the_file_has_the_layers_and_the_planner_cuts_them(planner, free_messages, tmp_path):
     file = tmp_path / "my.csv"
-    status, out, err = program("profile", file, *FLAGS)
+    status, out, err = planner("profile", file, *FLAGS)
     assert (status, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
     assert file.read_text().splitlines()[0] == ",".join([*COLUMNS, KEPT])
@@ -146,13 +133,13 @@ def test_the_file_has_the_layers_and_the_planner_cuts_them(program, free_message
         [1000 * layers[2].forward, 1000 * layers[2].backward], abs=0.001
     )
     flags = ["--gpus", 3, "--bandwidth", 1e9, "--straight"]
-    status, out, err = program("plan", file, *flags)
+    status, out, err = planner("plan", file, *flags)
     assert (status, err, out.splitlines()[0]) == (0, "", "Plan: 1-1-1")
 
 
 @pytest.mark.parametrize("network", ["residual", "transformer"])
 def test_a_plan_counts_the_bytes_that_exist_while_its_stages_train(
-    program, free_messages, tmp_path, network
+    planner, free_messages, tmp_path, network
 ):
     """The meter counts what is alive on a GPU, also its output and what the loss needs.
 
@@ -160,7 +147,7 @@ def test_a_plan_counts_the_bytes_that_exist_while_its_stages_train(
     """
     file, images = tmp_path / "my.csv", 8
     flags = [*FLAGS, "--network", network]
-    assert program("profile", file, *flags)[0] == 0
+    assert planner("profile", file, *flags)[0] == 0
     layers = read_profile(file)
     plan = best_plan(layers, [4], [1e9], straight=True)
     sizes = {"num_stages": 4, "layers_per_stage": 1, "hidden_size": 12, "device": "cpu"}
@@ -176,10 +163,10 @@ def test_a_plan_counts_the_bytes_that_exist_while_its_stages_train(
         assert stage.bytes == held.weights + held.activations - output - loss - pixels
 
 
-def test_the_forwards_that_recompute_repeats_are_said_to_count(program, free_messages, tmp_path):
+def test_the_forwards_that_recompute_repeats_are_said_to_count(planner, free_messages, tmp_path):
     again = "Busy time includes the forwards that recompute runs a second time."
     for flag in (True, False):
-        _, out, _ = program("profile", tmp_path / "my.csv", *FLAGS, "--recompute", flag)
+        _, out, _ = planner("profile", tmp_path / "my.csv", *FLAGS, "--recompute", flag)
         assert (again in out) == flag
 
 
@@ -190,34 +177,34 @@ def test_a_transformer_layer_keeps_what_the_formula_of_fit_says():
     assert layers[1][-1] == formula
 
 
-def test_the_network_may_be_the_residual_one(program, free_messages, tmp_path):
+def test_the_network_may_be_the_residual_one(planner, free_messages, tmp_path):
     file = tmp_path / "my.csv"
-    assert program("profile", file, *FLAGS, "--network", "residual")[::2] == (0, "")
+    assert planner("profile", file, *FLAGS, "--network", "residual")[::2] == (0, "")
     names = [layer.name for layer in read_profile(file)]
     assert names == ["Linear", "Residual", "Residual", "Linear"]
     assert [layer.activation for layer in read_profile(file)] == [8 * 12 * 4] * 3 + [8 * 10 * 4]
 
 
-def test_of_many_layers_and_stages_some_are_shown(program, free_messages):
+def test_of_many_layers_and_stages_some_are_shown(planner, free_messages):
     flags = ["--num_stages", 30, "--layers_per_stage", 1, "--hidden_size", 4, "--num_batches", 1]
-    status, out, err = program("profile", *flags, "--network", "residual")
+    status, out, err = planner("profile", *flags, "--network", "residual")
     assert (status, err) == (0, "")
     assert "... (11 more layers)" in out
     assert "... (11 more stages)" in out
 
 
-def test_a_message_between_two_processes_takes_time(program):
+def test_a_message_between_two_processes_takes_time(planner):
     milliseconds, reason = time_message(1_000_000)
     assert 0 < milliseconds < 10_000
     assert reason == ""
 
 
-def test_where_no_process_can_be_started_messages_are_free(program, monkeypatch):
+def test_where_no_process_can_be_started_messages_are_free(planner, monkeypatch):
     def fails(*arguments, **settings):
         raise RuntimeError("a long story\n\nRuntimeError: no network here")
 
     monkeypatch.setattr(multiprocessing, "spawn", fails)
-    status, out, err = program("profile", *FLAGS)
+    status, out, err = planner("profile", *FLAGS)
     assert (status, err) == (0, "")
     assert "0.000 ms\n   Not measured, so taken as free: RuntimeError: no network here\n" in out
 
@@ -242,11 +229,11 @@ def test_where_no_process_can_be_started_messages_are_free(program, monkeypatch)
     ids=lambda flags: " ".join(map(str, flags)),
 )
 def test_bad_input_gets_one_line_and_writes_nothing(
-    program, free_messages, tmp_path, monkeypatch, flags
+    planner, free_messages, tmp_path, monkeypatch, flags
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dir.csv").mkdir()
-    status, out, err = program("profile", *FLAGS, *flags)
+    status, out, err = planner("profile", *FLAGS, *flags)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert os.listdir(tmp_path) == ["dir.csv"]
     assert not os.listdir("dir.csv")
