@@ -171,10 +171,11 @@ def ways_to_run(net: dict) -> Iterator[tuple[str, Schedule, bool, float]]:
             times = {"forward_time": forward, "backward_time": [2 * time for time in forward]}
             settings = {**settings, "schedule": schedule, "recompute": recompute}
             plan = make_plan({**LAB_CONFIG, **settings, **times})
-            first = max(event.end for event in plan.events if event.op.microbatch < number)
-            time = (makespan(plan.events) - first) / (3 * number)
             if schedule == "pipedream":  # once the pipeline is full, its slowest GPU is never idle
                 time = max(forward) * (4 if recompute else 3) / 3
+            else:
+                first = max(event.end for event in plan.events if event.op.microbatch < number)
+                time = (makespan(plan.events) - first) / (3 * number)
             yield name + ", recompute" * recompute, plan.schedule, recompute, time
 
 
@@ -215,8 +216,8 @@ def fit(config: dict) -> None:
 
 FIT_LEGEND = """\
    GB on the GPU that needs most. +: fits into {:g} GB. time: of a batch; 1.00
-   would be equal stages, never idle, without recompute. (pipedream: once the
-   pipeline is full. The products of attention itself are not counted.) 2019: as
+   would be equal stages, never idle, without recompute. Of pipedream, once the
+   pipeline is full. The products of attention itself are not counted. 2019: as
    in the paper, with an update per microbatch; the others have one per batch.
    Interleaved schedules are not listed.
 """
@@ -236,16 +237,13 @@ def advise(net: dict, ways: dict[str, tuple[list[list[float]], float]]) -> list[
         return round(ways[name][1], 3), "pipedream" in name, most[name]
 
     if not fitting:
-        fullest = max(ways[least][0], key=sum)
+        *_, optimizer, _, activations = max(ways[least][0], key=sum)
         text = f"Nothing fits. {in_words(least)} needs the least, {most[least] / 1e9:.1f} GB. Use"
-        if (
-            net["microbatch_size"] > 1 and fullest[-1] > fullest[2]
-        ):  # more than the optimizer's state
+        if net["microbatch_size"] > 1 and activations > optimizer:
             text += " smaller microbatches (--microbatch_size 1), or more GPUs."
         else:
-            text += (
-                " more GPUs, as stages, or as replicas that divide the optimizer's state (ZeRO)."
-            )
+            text += " more GPUs, as stages, or as replicas that divide the optimizer's state"
+            text += " (ZeRO)."
     elif net["gpus"] == 1:
         text = "It fits on one GPU: no pipeline."
     else:

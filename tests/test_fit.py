@@ -238,6 +238,14 @@ def test_the_advice_follows_from_the_table(flags, capsys):
         assert fitting[best][-1] == min(numbers[-1] for numbers in fitting.values())
 
 
+def test_of_two_that_are_as_fast_the_advice_names_the_one_with_fresh_gradients():
+    net, found = ways()
+    times = {name: ([[1.0] * 5], time) for name, (_, _, time) in found.items()}
+    times["zb-h2"] = [[2.0] * 5], times["zb-h2"][1]  # in more memory
+    assert times["zb-h2"][1] == pytest.approx(times["pipedream 2BW"][1], abs=5e-4)
+    assert advise(net, times)[0] == "zb-h2 is the fastest of these that fits."
+
+
 def test_the_advice_does_not_hide_that_2bw_is_stale():
     net, found = ways(memory=50e9)
     times = {name: ([[1.0] * 5], time) for name, (_, _, time) in found.items()}

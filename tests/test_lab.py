@@ -99,6 +99,16 @@ def test_interleaved_rows_are_the_list_that_pytorch_generates(devices, chunks):
         ]
 
 
+@pytest.mark.parametrize("devices", [2, 3, 4, 8])
+def test_zb_h1_is_pytorchs_interleaved_zero_bubble_with_one_stage_per_gpu(devices):
+    for microbatches in (devices, 2 * devices, 4 * devices):
+        ours = [list(LAB_SCHEDULES["zb-h1"](d, devices, microbatches)) for d in range(devices)]
+        theirs = rows_of_pytorch("ScheduleInterleavedZeroBubble", devices, microbatches, 1)
+        assert [[f"{s}{kind}{m}" for s, kind, m in row] for row in ours] == [
+            [str(action) for action in row if action] for row in theirs
+        ]
+
+
 def test_interleaved_and_zb_h1_take_the_time_of_the_closed_form_at_150_random_sizes():
     numbers = random.Random(0)
     for _ in range(150):

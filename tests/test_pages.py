@@ -458,6 +458,9 @@ def measured_once():
             name, *cells = re.split("  +", line.strip())
             found = re.findall(r"\d+", cells[5]) if len(cells) > 5 else []
             times[name] = [f"{int(time) / microbatches:.0f}" for time in found]
+        if head == "sixteen":
+            assert re.search(r"^zb-h2 .* 9$", block, re.M)  # "on nine of ten seeds"
+            assert "of 10 seeds" in block
         columns = "1f1b", "interleaved", "zb-h2", "pipedream", "vertical sync"
         yield rf"^\| {head} \|", [figure for name in columns for figure in times.get(name, [])]
     blocks = re.search(r"^```\n(.*?)^```$", sections["The price of staleness"], re.M | re.S)[1]
