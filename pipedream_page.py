@@ -22,10 +22,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from matplotlib.colors import to_hex
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
+
+from matplotlib.colors import to_hex
 
 from pipedream_lab import (
     LAB_SCHEDULES,
