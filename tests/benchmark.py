@@ -20,14 +20,15 @@ from torch.nn.functional import cross_entropy
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipedream_lab import LAB_CONFIG, make_plan, read_csv, write_csv  # noqa: E402
+from pipedream.schedules.files import read_csv, write_csv  # noqa: E402
+from pipedream.schedules.plans import PLAN_CONFIG, make_plan  # noqa: E402
 from pipedream_simple import (  # noqa: E402
     CONFIG,
-    SCHEDULES,
     build_schedule,
     build_stages,
     load_digits,
     make_batches,
+    one_f_one_b,
     simulate,
     train,
 )
@@ -62,15 +63,15 @@ def list_and_simulate(num_stages: int, num_microbatches: int) -> float:
 
 
 def large_schedules() -> list[tuple[str, float, int]]:
-    """(what, seconds, operations) of the lab's own work at 64 GPUs."""
-    config = {**LAB_CONFIG, "num_stages": 64, "num_microbatches": 2048, "num_batches": 1}
+    """(what, seconds, operations) of the library's own work at 64 GPUs."""
+    config = {**PLAN_CONFIG, "num_stages": 64, "num_microbatches": 2048, "num_batches": 1}
     config |= {"schedule": "interleaved", "layers_per_stage": 2, "chunks_per_gpu": 2}
     config |= {"batch_size": 2048}
     plans = []
     took = seconds(lambda: plans.append(make_plan(config)))
     count = sum(map(len, plans[0].schedule))
     results = [("interleaved, listed and simulated", took, count)]
-    rows = [list(SCHEDULES["1f1b"](stage, 64, 4096, 1)) for stage in range(64)]
+    rows = [list(one_f_one_b(stage, 64, 4096)) for stage in range(64)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "large.csv"
         write_csv(rows, path)
@@ -119,7 +120,7 @@ def plain_loop(config: dict, cut: bool) -> float:
             for w in weights:
                 w -= config["learning_rate"] * w.grad
                 w.grad = None
-    _, (x, y) = load_digits(torch.Generator().manual_seed(config["seed"]))
+    _, (x, y), _ = load_digits(config)
     with torch.no_grad():
         return (nn.Sequential(*stages)(x).argmax(1) == y).double().mean().item()
 
@@ -150,7 +151,7 @@ def main():
         count, took = 2 * num_stages * num_microbatches, statistics.median(times)
         print(f"   {count:>9,}  {took:8.4f} s  {1e6 * took / count:5.2f} us")
 
-    print("\nthe lab at 64 GPUs: operations, seconds, microseconds an operation")
+    print("\nthe library at 64 GPUs: operations, seconds, microseconds an operation")
     for name, took, count in large_schedules():
         print(f"   {name:<34} {count:>9,}  {took:8.4f} s  {1e6 * took / count:5.2f} us")
 

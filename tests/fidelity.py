@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipedream_distributed import gather, one_process, run_rank, simulated_time, time_message
-from pipedream_lab import LAB_CONFIG, make_plan
-from pipedream_planner import measure_stages, microbatch_size
+from pipedream.commands.distributed import message_beside_work, one_process, simulated_time
+from pipedream.planning.clock import measure_stages, microbatch_size
+from pipedream.processes.engine import gather, run_rank
+from pipedream.schedules.plans import PLAN_CONFIG, make_plan
 from pipedream_simple import SCHEDULES, format_table
 
 ROUNDS = 5
@@ -32,57 +33,57 @@ def spread(numbers: list[float], digits: int) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def ratios(numbers: list[float], others: list[float]) -> list[float]:
+    return [a / b for a, b in zip(numbers, others, strict=True)]
+
+
+def time_alone(config: dict) -> dict[int, float]:
+    """Threads -> milliseconds per batch of one process."""
+    taken = {}
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        one_process(config)  # warms up
+        taken[threads] = 1000 * one_process(config) / config["num_batches"]
+    return taken
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    first, cpu = dist.get_rank() == 0, torch.device("cpu")
-    config = {**LAB_CONFIG, **SIZES}
-    num_batches = config["num_batches"]
+    first, cpu, config = dist.get_rank() == 0, torch.device("cpu"), {**PLAN_CONFIG, **SIZES}
     plans = [make_plan({**config, "schedule": name}) for name in SCHEDULES]
     real, simulated = {name: [] for name in SCHEDULES}, {name: [] for name in SCHEDULES}
-    messages = []  # milliseconds
-    alone = {2: [], 1: []}  # threads -> milliseconds a batch
+    messages, alone = [], []  # milliseconds
     for _ in range(ROUNDS):
         if first:
-            for threads, taken in alone.items():
-                torch.set_num_threads(threads)
-                one_process(config)  # warms up
-                taken.append(1000 * one_process(config) / num_batches)
-            torch.set_num_threads(1)
+            alone.append(time_alone(config))
         dist.barrier()
         times = measure_stages(config, statistics.fmean)
-        messages.append(time_message(plans[0], cpu))
+        messages.append(message_beside_work(plans[0], cpu))
         for plan in plans:
             reports = gather(run_rank(plan, cpu, num_runs=2))
             if first:
+                seconds = max(report.seconds[1] for report in reports)
                 simulated[plan.name].append(simulated_time(plan, times, messages[-1]))
-                real[plan.name].append(1000 * max(r.seconds[1] for r in reports) / num_batches)
+                real[plan.name].append(1000 * seconds / config["num_batches"])
     if first:
-        table = [["", "ms per batch", "simulated", "real / simulated", "speed-up", "simulated"]]
-        for threads, name in ((1, "1 process, 1 thread"), (2, "1 process, 2 threads")):
-            speed_ups = [a / b for a, b in zip(alone[1], alone[threads], strict=True)]
-            table.append([name, spread(alone[threads], 0), "", "", spread(speed_ups, 2), ""])
-        for name in SCHEDULES:
-            ratios = [a / b for a, b in zip(real[name], simulated[name], strict=True)]
-            speed_ups = [a / b for a, b in zip(alone[1], real[name], strict=True)]
-            predicted = [a / b for a, b in zip(simulated["naive"], simulated[name], strict=True)]
-            table.append(
-                [
-                    name,
-                    spread(real[name], 0),
-                    f"{statistics.median(simulated[name]):.0f}",
-                    spread(ratios, 2),
-                    spread(speed_ups, 2),
-                    f"{statistics.median(predicted):.2f}",
-                ]
-            )
+        size = microbatch_size(config)
         print(
-            f"{ROUNDS} rounds of {num_batches} batches: hidden size {config['hidden_size']}, "
-            f"{config['num_microbatches']} microbatches of "
-            f"{microbatch_size(config)} images, 1 thread per process;\n"
-            f"a message of {4 * config['hidden_size'] * microbatch_size(config):,} bytes took "
+            f"{ROUNDS} rounds of {config['num_batches']} batches: hidden size "
+            f"{config['hidden_size']}, {config['num_microbatches']} microbatches of {size} images, "
+            f"1 thread per process;\na message of {4 * config['hidden_size'] * size:,} bytes took "
             f"{spread(messages, 2)} ms\n"
         )
+        table = [["", "ms per batch", "simulated", "real / simulated", "speed-up", "simulated"]]
+        one = [taken[1] for taken in alone]
+        for threads, name in ((1, "1 process, 1 thread"), (2, "1 process, 2 threads")):
+            many = [taken[threads] for taken in alone]
+            table.append([name, spread(many, 0), "", "", spread(ratios(one, many), 2), ""])
+        for name in SCHEDULES:
+            of_rounds, model = real[name], f"{statistics.median(simulated[name]):.0f}"
+            predicted = statistics.median(ratios(simulated["naive"], simulated[name]))
+            cells = spread(of_rounds, 0), model, spread(ratios(of_rounds, simulated[name]), 2)
+            table.append([name, *cells, spread(ratios(one, of_rounds), 2), f"{predicted:.2f}"])
         print("\n".join(format_table(table)))
     dist.destroy_process_group()
 

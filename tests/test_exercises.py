@@ -1,37 +1,37 @@
 """EXERCISES.md: its code and commands are run, and every figure of an answer is computed anew.
 
-They are compared in order, with what is independent of the code on the page: closed forms, brute
-force, plain training, PyTorch.
+They are compared in order, with what is independent of the code on the page: closed forms, plain
+training, PyTorch, the planner.
 """
 
-import contextlib
-import functools
-import importlib
-import io
 import itertools
 import math
-import os
 import re
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import pytorch
 import torch
+from conftest import ROOT
 from reference import delayed_sgd, plain_sgd
+from small import assert_close
 
-import pipedream_lab as lab
-import pipedream_neighbours as neighbours
-import pipedream_planner as planner
 import pipedream_simple as pipe
-from pipedream_simple import CONFIG, makespan, peak_in_flight, utilization
+from pipedream.__main__ import COMMANDS
+from pipedream.backstage.audit import VersionCount
+from pipedream.backstage.measures import peak_in_flight, peak_versions
+from pipedream.commands import neighbours
+from pipedream.planning.profiles import read_profile
+from pipedream.planning.search import best_partition
+from pipedream.processes.ways import formulas, full_config
+from pipedream.schedules import plans, rows
+from pipedream.schedules.halves import train_plan
+from pipedream.schedules.plans import PLAN_CONFIG, make_plan
+from pipedream_simple import CONFIG, makespan, utilization
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "EXERCISES.md").read_text("utf-8")
 SECTIONS = re.split(r"^(?=## \d+\. )", TEXT, flags=re.M)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-SLOW = "--sweep"  # takes minutes: its formulas are compared instead
 NAMES = r"GPU\d|\bGPT-2|Llama 2 7B|\b1F1B|2BW|\b\dB\b|\d[FBIWU]\d|\b[FBIW]\d|exercise \d+|R\^2"
 NAMES += r"|[bSG] - 1\b|[vb] \+ 1\b|microbatch [02]\b"
 
@@ -51,65 +51,54 @@ def shown(*values):
     return [value if isinstance(value, str) else f"{value:g}" for value in values]
 
 
-def command(line):
-    script, *sys.argv[1:] = line.removeprefix("python ").split()
-    return pipe.run_main(importlib.import_module(script.removesuffix(".py")).main)
+@pytest.fixture
+def play(run, capsys, tmp_path, monkeypatch):
+    """play(5): do what an exercise says, in an empty folder: what is printed, and the names."""
+    monkeypatch.chdir(tmp_path)
+    libraries = [(library, dict(library)) for library in (pipe.SCHEDULES, rows.LIBRARY)]
+
+    def play(number):
+        printed, names = "", {"one_f_one_b": pipe.one_f_one_b}
+        for block in FENCE.finditer(SECTIONS[number]):
+            language, body = block.groups()
+            if language == "csv":
+                text = SECTIONS[number][: block.start()]
+                Path(re.findall(r"[Ss]ave\s+\w+\s+as\s+`(.*?)`", text)[-1]).write_text(body)
+            elif language == "bash" and "--sweep" not in body:  # which takes minutes
+                name, *flags = re.sub("^python (-m pipedream )?", "", body).split()
+                result = run(name, *flags)
+                assert result.status == (2 if number == 3 else 0)  # 3 ends in a deadlock
+                printed += result.out + result.err
+            elif language == "python" and body.startswith('    "'):  # lines of SCHEDULES
+                for library, _ in libraries:
+                    library.update(eval(f"{{{body}}}", names))
+            elif language == "python" and body.startswith(" "):  # in place of a wrong line
+                whole, wrong = blocks(number, "python")[0], r"^ *w\.data\.sub_.*\n"
+                exec(re.sub(wrong, body, whole, flags=re.M), names)
+            elif language == "python":
+                exec(body, names)
+            printed += capsys.readouterr().out
+        assert all(block in printed for block in blocks(number, ""))
+        return printed, names
+
+    yield play
+    for library, before in libraries:
+        library.clear()
+        library.update(before)
 
 
-@functools.cache
-def play(number):
-    """Do what an exercise says, in an empty folder: what is printed, names, files, exit codes."""
-    printed, names, codes, argv, folder = io.StringIO(), {}, [], sys.argv[:], os.getcwd()
-    out, err = contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed)
-    with tempfile.TemporaryDirectory() as empty, out, err:
-        os.chdir(empty)
-        try:
-            for block in FENCE.finditer(SECTIONS[number]):
-                language, body = block.groups()
-                if language == "csv":
-                    text = SECTIONS[number][: block.start()]
-                    Path(re.findall(r"[Ss]ave\s+\w+\s+as\s+`(.*?)`", text)[-1]).write_text(body)
-                elif language == "bash" and SLOW not in body:
-                    codes += map(command, body.splitlines())
-                elif language == "python" and body.startswith(" "):  # in place of a wrong line
-                    whole, wrong = blocks(number, "python")[0], r"^ *w\.data\.sub_.*\n"
-                    exec(re.sub(wrong, body, whole, flags=re.M), names)
-                elif language == "python":
-                    exec(body, names)
-            files = {path.name: path.read_text() for path in Path().glob("*.csv")}
-        finally:
-            os.chdir(folder)
-            sys.argv[:] = argv
-    return printed.getvalue(), names, files, codes
+def plan_of(text=None, **settings):
+    """A plan; text is that of a CSV file, in the folder of play."""
+    if text:
+        Path("rows.csv").write_text(text)
+        settings["schedule"] = "rows.csv"
+    return make_plan({**PLAN_CONFIG, "batch_size": 1024, "num_batches": 1, **settings})
 
 
-def plan_of(rows=None, **settings):
-    """A plan of the lab; rows is the text of a CSV file."""
-    with tempfile.TemporaryDirectory() as folder:
-        if rows:
-            settings["schedule"] = str(Path(folder, "rows.csv"))
-            Path(settings["schedule"]).write_text(rows)
-        return lab.make_plan({**lab.LAB_CONFIG, "batch_size": 1024, "num_batches": 1, **settings})
-
-
-def simulated(rows=None, **settings):
+def simulated(text=None, **settings):
     """(time, utilization, in flight)"""
-    plan = plan_of(rows, **settings)
+    plan = plan_of(text, **settings)
     return makespan(plan.events), utilization(plan.events), peak_in_flight(plan.schedule)
-
-
-def assert_same(run, weights):
-    for stage, expected in zip(run.weights, weights, strict=True):
-        for name, w in stage.items():
-            torch.testing.assert_close(w, expected[name], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("number", range(1, 13))
-def test_what_an_exercise_shows_is_what_its_commands_and_code_print(number):
-    printed, _, _, codes = play(number)
-    assert codes == [2 if number == 3 else 0] * len(codes)  # 3 ends in a deadlock
-    assert all(block in printed for block in blocks(number, ""))
-    assert blocks(number, "bash") or blocks(number, "python")
 
 
 def test_there_are_twelve_from_five_minutes_to_an_hour_and_they_name_what_exists():
@@ -117,17 +106,20 @@ def test_there_are_twelve_from_five_minutes_to_an_hour_and_they_name_what_exists
     minutes = [int(time) * (60 if unit == "h" else 1) for _, time, unit in found]
     assert [int(number) for number, *_ in found] == [*range(1, 13)]
     assert (minutes[0], minutes[-1], minutes) == (5, 60, sorted(minutes))
+    assert all(blocks(number, "bash") or blocks(number, "python") for number in range(1, 13))
     readme = (ROOT / "README.md").read_text("utf-8")
     before = re.findall(r"^\*Before: README, sections? (\d)(?: and (\d))?", TEXT, re.M)
     assert len(before) == 12
     assert all(f"\n## {n}. " in readme for pair in before for n in pair if n)
     assert TEXT.count("<details><summary>Answer</summary>\n\n") == 12 == TEXT.count("\n</details>")
+    known = {*pipe.SCHEDULES, *COMMANDS, *PLAN_CONFIG, *vars(pipe), *vars(plans), *vars(rows)}
     for name in re.findall(r"`([a-zA-Z]\w+)`", TEXT):
-        known = {*pipe.SCHEDULES, *lab.COMMANDS, *lab.LAB_CONFIG, *vars(pipe), *vars(lab)}
         assert name in known | {"Mine", "ScheduleZBVZeroBubble"}, name
 
 
-def test_1_utilization_is_the_closed_form():
+def test_1_utilization_is_the_closed_form(play):
+    play(1)
+
     def busy(m, s):
         return m / (m + s - 1)
 
@@ -142,9 +134,11 @@ def test_1_utilization_is_the_closed_form():
     assert simulated(**run)[1] == simulated(**run, backward_time=2)[1] == busy(least, 8)
 
 
-def test_2_links_are_hidden_when_each_gpu_has_enough_more_in_flight_than_the_next():
+def test_2_links_are_hidden_when_each_gpu_has_enough_more_in_flight_than_the_next(play):
+    play(2)
+
     def pace(held, comm_time):  # per microbatch, once the pipeline is full
-        rows = [pipe.one_f_one_b(0, n, 120, 1) for n in held]
+        rows = [pipe.one_f_one_b(0, n, 120) for n in held]
         rows = [[(s, *op[1:]) for op in row] for s, row in enumerate(rows)]
         events = pipe.simulate(pipe.pin_versions(rows, 4), {**CONFIG, "comm_time": comm_time})
         ends = {e.op.microbatch: e.end for e in events if e.op[:2] == (0, "B")}
@@ -162,10 +156,11 @@ def test_2_links_are_hidden_when_each_gpu_has_enough_more_in_flight_than_the_nex
     schedules = [plan_of(**run, in_flight=n).schedule for n in (7, 4)]
     words = [7, 6, times[0], times[1], 7, times[2], 3, 1.5, 2, *held[2], *itertools.chain(*short)]
     words += [2.5, 2, 4, 2, 7, 2, 1, *held[0], 7, held[2][0], held[0][0]]
-    assert figures(2) == shown(*words, *(pipe.peak_versions(rows)[0] for rows in schedules))
+    assert figures(2) == shown(*words, *(peak_versions(rows)[0] for rows in schedules))
 
 
-def test_3_the_two_repairs_and_1f1b():
+def test_3_the_two_repairs_and_1f1b(play):
+    play(3)
     wrong = blocks(3, "csv")[0].splitlines()
     on_0, on_1 = re.findall(r"`((?:\d[FB]\d,?)+)`", SECTIONS[3])
     repairs = [on_0, *wrong[1:]], [wrong[0], on_1, wrong[2]], [on_0, on_1, wrong[2]]
@@ -175,7 +170,8 @@ def test_3_the_two_repairs_and_1f1b():
     assert more[2][1] > both[2][1]
 
 
-def test_4_where_the_slow_stage_is_matters_to_1f1b():
+def test_4_where_the_slow_stage_is_matters_to_1f1b(play):
+    play(4)
     times = {"gpipe": [4 * 7 + 10] * 4, "1f1b": [4 * 8 + 2 * before for before in range(4)]}
     for schedule, place in itertools.product(times, range(4)):
         slow = [2 if stage == place else 1 for stage in range(4)]
@@ -188,106 +184,84 @@ def test_4_where_the_slow_stage_is_matters_to_1f1b():
     assert figures(4) == shown(*words)
 
 
-def test_5_the_alias_is_training_without_stashing_and_the_repair_is_the_recurrence():
-    printed, repaired, _, _ = play(5)
+def test_5_the_alias_is_training_without_stashing_and_the_repair_is_the_recurrence(play):
+    printed, repaired = play(5)
     config, code, wrong = repaired["config"], blocks(5, "python")[0], {}
     exec(code.partition("\n\n\nconfig")[0], wrong)
     run = pipe.train(config, torch.float64, worker_class=wrong["Mine"])
     without = pipe.train({**config, "weight_stashing": False}, torch.float64)
     assert run.losses == pytest.approx(without.losses, rel=1e-12)
-    right = pipe.train(config, torch.float64, worker_class=repaired["Mine"])
+    versions = VersionCount()
+    right = pipe.train(config, torch.float64, versions, worker_class=repaired["Mine"])
     losses, weights = delayed_sgd(config, lambda stage: math.ceil((3 - stage) / 4))
-    assert_same(right, weights)
+    assert_close(right.weights, weights)
     assert run.losses[-1] < right.losses[-1]  # "The loss is lower"
-    assert figures(5) == shown(*right.peak_versions, f"{losses[-1]:.2f}")
-    assert f"Mine: {right.peak_versions}, loss {losses[-1]:.2f}, 0.0% off" in printed
+    assert figures(5) == shown(*versions.peak, f"{losses[-1]:.2f}")
+    assert f"Mine: {versions.peak}, loss {losses[-1]:.2f}, 0.0% off" in printed
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         exec(code.replace("w.data.sub_", "w.sub_"), {})
 
 
-def test_6_two_halves_are_as_slow_as_half_a_batch_and_both_schedules_train_right():
+def test_6_two_halves_are_as_slow_as_half_a_batch_and_both_schedules_train_right(play):
+    printed, _ = play(6)
+    assert {"mine", "halves", "level"} <= {*re.findall(r"^[ *]*(\w+) .*%", printed, re.M)}
     busy, (_, weights) = {}, plain_sgd({**CONFIG, "num_batches": 2})
     for name in ("halves", "level"):
-        rows = [play(6)[1][name](stage) for stage in range(4)]
-        text = "\n".join(",".join(f"{s}{k}{m}" for s, k, m in row) for row in rows)
-        busy[name] = simulated(text)[1]
-        plan = plan_of(text, num_batches=2, batch_size=CONFIG["batch_size"])
-        assert_same(lab.train_plan(plan, torch.float64), weights)
+        busy[name] = simulated(schedule=name, num_microbatches=8)[1]
+        settings = {"num_batches": 2, "batch_size": CONFIG["batch_size"]}
+        plan = plan_of(schedule=name, num_microbatches=8, **settings)
+        assert_close(train_plan(plan, torch.float64).weights, weights)
     assert busy["halves"] == 4 / (4 + 3)
     assert 1 / 4 < busy["level"] < 0.4  # "not far from naive"
     assert figures(6, 0) == [f"{8 / 11:.1%}", f"{4 / 7:.1%}"]
     assert figures(6) == [f"{1 / 4:.1%}", f"{8 / 11:.1%}"]
 
 
-def test_7_the_best_cuts_are_those_of_brute_force(tmp_path):
-    path = tmp_path / "gpt2.csv"
-    path.write_text(play(7)[2][path.name])
-    layers = planner.read_profile(path)
+def test_7_the_best_cuts_are_those_of_the_planner(play):
+    play(7)
+    layers = read_profile(Path("gpt2.csv"))
     seconds = [layer.forward + layer.backward for layer in layers]
-    block, head = seconds[1], seconds[-1]
-
-    def slowest(stages):  # of the best cut
-        best = [*itertools.accumulate(seconds)]  # [end]: of the layers up to there
-        for _ in range(stages - 1):
-            of_cuts = [
-                [max(best[c - 1], sum(seconds[c:e])) for c in range(1, e)] for e in range(27)
-            ]
-            best = [min(times, default=math.inf) for times in of_cuts[1:]]
-        return best[-1]
-
-    for gpus in (2, 4, 8, 9, 10):
-        plan = planner.best_plan(layers, [gpus], [1e10], straight=True)
-        assert plan.slowest.seconds == pytest.approx(slowest(gpus))
-    enough = next(gpus for gpus in itertools.count(1) if slowest(gpus) == slowest(26))
-    assert slowest(7) == slowest(8) == pytest.approx(4 * block)
-    assert 3 * block < head == pytest.approx(slowest(enough))
-    assert 3 * block + head < 7 * block == pytest.approx(slowest(4))
-    even = 6 * block + head
-    words = f"{head / block:.1f}", f"{even / block:.1f}", f"{even / slowest(4) - 1:.0%}"
-    speed_up = f"{sum(seconds) / slowest(enough):.1f}"
-    assert figures(7) == shown(*words, 7, 7, 7, 24 - 3 * 7, enough, 3, speed_up, 7, 8, 4)
+    best = {n: best_partition(layers, [n], [1e10], True) for n in (4, 7, 8, 9, 10, 26)}
+    slowest = {number: partition.slowest.seconds for number, partition in best.items()}
+    block, head, even = seconds[1], seconds[-1], 6 * seconds[1] + seconds[-1]
+    assert slowest[7] == slowest[8] == pytest.approx(4 * block)
+    assert [slowest[number] for number in (9, 10, 26)] == pytest.approx([head] * 3)
+    assert 3 * block < head < 4 * block < 7 * block == pytest.approx(slowest[4])
+    words = f"{head / block:.1f}", f"{even / block:.1f}", f"{even / slowest[4] - 1:.0%}"
+    speed_up = f"{sum(seconds) / slowest[9]:.1f}"
+    assert figures(7) == shown(*words, 7, 7, 7, 24 - 3 * 7, 9, 3, speed_up, 7, 8, 4)
 
 
-def test_8_the_best_plan_is_that_of_brute_force():
-    lines = blocks(8, "csv")[0].splitlines()[1:]
-    costs = [[float(cost) for cost in line.split(",")[1:]] for line in lines]
+def test_8_the_best_plan_is_that_of_the_planner_and_takes_what_the_rules_say(play):
+    printed, _ = play(8)
+    lines = [line.split(",")[1:] for line in blocks(8, "csv")[0].splitlines()[1:]]
+    forward, backward, sent, weights = (
+        [*map(float, column)] for column in zip(*lines, strict=True)
+    )
+    times, layers = (
+        [*map(sum, zip(forward, backward, strict=True))],
+        read_profile(Path("small.csv")),
+    )
 
-    def slowest(stages, bandwidth=1e9):
-        """In ms, by the rules of the exercise. stages: (first layer, end, replicas)."""
-        worst = 0
-        for first, end, r in stages:
-            forward, backward, _, weights = map(sum, zip(*costs[first:end], strict=True))
-            add_up = 4 * (r - 1) / r**2 * weights / bandwidth * 1e3
-            cut = max([costs[end - 1][2]] * (end < 4) + [costs[first - 1][2]] * (first > 0) + [0])
-            worst = max(worst, (forward + backward) / r + add_up, 2e3 * cut / r / bandwidth)
-        return worst
+    def replicated(end, r, bandwidth):
+        """ms of the first layers on r GPUs: computing, and adding up gradients."""
+        return sum(times[:end]) / r, 4 * (r - 1) / r**2 * sum(weights[:end]) / bandwidth * 1e3
 
-    plans = [
-        [*zip((0, *cuts), (*cuts, 4), gpus, strict=True)]
-        for number in range(1, 5)
-        for cuts in itertools.combinations(range(1, 4), number - 1)
-        for gpus in itertools.product(range(1, 5), repeat=number)
-        if sum(gpus) == 4
-    ]
-    best, fast = (min(plans, key=lambda plan: slowest(plan, b)) for b in (1e9, 1e11))
-    assert (best, fast) == ([(0, 3, 3), (3, 4, 1)], [(0, 2, 3), (2, 4, 1)])
-    assert sorted(map(slowest, plans))[1] > 1.01 * slowest(best)  # "any other use is slower"
-    compute, ours = sum(sum(cost[:2]) for cost in costs[:3]), slowest(best)
-    balanced, data, alone = ([(0, 1, 2), (1, 2, 1), (2, 4, 1)], [(0, 4, 4)], [(0, 4, 1)])
-    times = [f"{slowest(stages):.1f}" for stages in (balanced, data, alone)]
-    idle = f"{1 - sum(costs[3][:2]) / ours:.0%}"
-    words = [times[0], 3, f"{ours:.1f}", compute, 3, f"{compute / 3:.1f}"]
-    words += [f"{ours - compute / 3:.1f}", idle, *times[1:], 3, 1]
-    share = sum(sum(cost[:2]) for cost in costs) / 4
-    words += [f"{slowest(fast, 1e11):.2f}", share, f"{slowest(data, 1e11) - share:.2f}"]
-    assert min(plans, key=lambda plan: slowest(plan, 1e12)) == data
-    assert min(plans, key=lambda plan: slowest(plan, 1e11)) == fast
-    assert figures(8) == shown(*words)
-    assert f"Plan: 3-1\nSlowest stage: {ours / 1e3:.9f}" in play(8)[0]
+    ours, fast, data = replicated(3, 3, 1e9), replicated(2, 3, 1e11), replicated(4, 4, 1e11)
+    cases = (1e9, (3, 1), ours), (1e11, (2, 2), fast), (1e12, (4,), replicated(4, 4, 1e12))
+    for bandwidth, cut, time in cases:
+        best = best_partition(layers, [4], [bandwidth])
+        assert best.slowest.seconds == pytest.approx(sum(time) / 1e3)
+        assert tuple(stage.last - stage.first + 1 for stage in best.stages) == cut
+    assert f"Plan: 3-1\nSlowest stage: {sum(ours) / 1e3:.9f}" in printed
+    idle, slow = f"{1 - times[3] / sum(ours):.0%}", sum(replicated(4, 4, 1e9))
+    words = [f"{2 * sent[0] / 1e6:.1f}", 3, f"{sum(ours):.1f}", sum(times[:3]), 3, f"{ours[0]:.1f}"]
+    words += [f"{ours[1]:.1f}", idle, f"{slow:.1f}", f"{sum(times):.1f}", 3, 1]
+    assert figures(8) == shown(*words, f"{sum(fast):.2f}", data[0], f"{data[1]:.2f}")
 
 
-def test_9_the_delay_is_what_the_derivation_says():
-    printed, names, _, _ = play(9)
+def test_9_the_delay_is_what_the_derivation_says(play):
+    printed, names = play(9)
     delays = {m: math.ceil(7 / m) for m in (8, 7, 4, 1)}
     expected = [f"M = {m}: delay [{d}], {d + 1} versions\n" for m, d in delays.items()]
     assert printed == "".join(expected) == blocks(9, "")[0]
@@ -298,7 +272,8 @@ def test_9_the_delay_is_what_the_derivation_says():
     assert figures(9) == shown(0, 0, 1, min(m for m, d in delays.items() if d == 1))
 
 
-def test_10_bubbles_are_the_closed_forms_and_the_halves_those_two_products():
+def test_10_bubbles_are_the_closed_forms_and_the_halves_those_two_products(play):
+    play(10)
     bubbles = {w: [9, 3 * (1 + 2 - w), 3 * (1 + 2 - 2 * w)] for w in (1, 0.5)}
     lines = [f"W of {w}: " + " ".join(f"{24 + b:g}" for b in row) for w, row in bubbles.items()]
     assert blocks(10, "")[0].splitlines() == lines
@@ -312,7 +287,8 @@ def test_10_bubbles_are_the_closed_forms_and_the_halves_those_two_products():
     torch.testing.assert_close(halves, (g @ w.T, x.T @ g))
 
 
-def test_11_the_rows_are_those_of_pytorch():
+def test_11_the_rows_are_those_of_pytorch(play):
+    play(11)
     rows = pytorch.rows_of_pytorch("ScheduleZBVZeroBubble", 2, 4, 2)
     rows = [["" if op is None else str(op) for op in row] for row in rows]
     text = "".join(f"{','.join(row)}\n" for row in rows)
@@ -336,7 +312,8 @@ def test_11_the_rows_are_those_of_pytorch():
         assert sum("W" in b and a != b.replace("W", "I") for a, b in pairs) == waiting
 
 
-def test_12_data_parallelism_wins_where_the_closed_forms_say():
+def test_12_data_parallelism_wins_where_the_closed_forms_say(play):
+    play(12)
     rate, links = 4e14, (5e10, 4.5e11)
     least = [2 / 3 * rate / bandwidth for bandwidth in links]
     for weights, gpus, m in ((7e9, 8, 16), (7e10, 8, 16), (7e9, 64, 16), (7e9, 4, 64)):
@@ -347,12 +324,12 @@ def test_12_data_parallelism_wins_where_the_closed_forms_say():
             pipeline = forward * simulated(**run)[0]
             assert 3 * m * forward + all_reduce == pytest.approx(pipeline)
     for batch in itertools.count(1):
-        config = {**neighbours.CONFIG, "hidden_size": 256, "batch_size": batch}
-        sent = {name: max(row["sent"]) for name, row in neighbours.papers(config).items()}
+        config = full_config({**neighbours.KEYS, "hidden_size": 256, "batch_size": batch})
+        sent = {name: max(row["sent"]) for name, row in formulas(config).items()}
         if sent["pipeline 1F1B"] >= sent["data parallel"]:
             break
-    values, fixed = neighbours.SWEEPS["batch_size"]
-    assert fixed == {"hidden_size": 256}
+    values, *fixed = neighbours.SWEEPS["batch_size"]
+    assert fixed == ["hidden_size", 256]
     assert values[0] < batch < values[-1]
     llama, images = 12 * 32 * 4096 * 7 / 8, 6 * 4 * 256 * 3 / 4 / 64
     words = [4, 4, 12, f"{llama:,.0f}", f"{4e6 / llama:.1f}", 4, 6, 2, 3]

@@ -1,31 +1,22 @@
 """Replicated stages: rows, the time that the planner promises, and what they compute."""
 
-import sys
-
 import pytest
 import torch
 from reference import delayed_sgd
 
-from pipedream_planner import (
-    COLUMNS,
-    Layer,
-    best_plan,
+from pipedream.backstage.measures import idle_times
+from pipedream.planning.profiles import Layer
+from pipedream.planning.replicas import (
     differences,
-    main,
-    replicated,
-    simulate_plan,
+    simulate_partition,
+    simulate_replicas,
     train_replicated,
 )
-from pipedream_simple import CONFIG, UserError, idle_times, pin_versions, run_main, simulate, train
+from pipedream.planning.search import best_partition
+from pipedream_simple import CONFIG, RECOMPUTED, UserError, train
 
-SMALL = {
-    **CONFIG,
-    "layers_per_stage": 2,
-    "hidden_size": 8,
-    "batch_size": 24,
-    "num_batches": 8,
-    "device": "cpu",
-}
+SIZES = {"layers_per_stage": 2, "hidden_size": 8, "batch_size": 24, "num_batches": 8}
+SMALL = {**CONFIG, **SIZES, "device": "cpu"}
 
 
 def delays(replicas, num_microbatches):
@@ -33,11 +24,10 @@ def delays(replicas, num_microbatches):
 
     A GPU of stage s has ahead forwards in flight; a batch is num_microbatches / R_s of them.
     """
-    found = []
-    for stage, copies in enumerate(replicas):
-        ahead = -(-sum(replicas[stage:]) // copies)  # forwards before the first backward
-        found.append(-(-(ahead - 1) * copies // num_microbatches))
-    return found
+    # Forwards before the first backward.
+    ahead = [-(-sum(replicas[stage:]) // copies) for stage, copies in enumerate(replicas)]
+    pairs = zip(ahead, replicas, strict=True)
+    return [-(-(number - 1) * copies // num_microbatches) for number, copies in pairs]
 
 
 @pytest.mark.parametrize(
@@ -57,8 +47,8 @@ def test_replicas_train_to_the_recurrence_and_stay_the_same(replicas, num_microb
         storages = {w.untyped_storage().data_ptr() for w in weights.values()}
         assert len(storages) == len(weights)  # each replica has weights of its own
         for name, w in stage.items():
+            assert torch.allclose(weights[f"copies.0.{name}"], w, rtol=0, atol=1e-12)
             for replica in range(copies):
-                assert torch.allclose(weights[f"copies.{replica}.{name}"], w, rtol=0, atol=1e-12)
                 assert torch.equal(weights[f"copies.{replica}.{name}"], weights[f"copies.0.{name}"])
 
 
@@ -72,32 +62,29 @@ def test_one_replica_each_is_plain_pipedream_to_the_bit():
             assert torch.equal(mine[f"copies.0.{name}"], w)
 
 
+def simulated(update_time):
+    """Four batches on 3-1, where the three replicas need update_time for an update."""
+    sizes = {"num_stages": 2, "num_microbatches": 6, "num_batches": 4}
+    times = {"F": [1, 1], "B": [1, 1], "U": [update_time, 0]}
+    return simulate_replicas([3, 1], {**CONFIG, **sizes}, times)[1]
+
+
 def test_replicas_share_the_microbatches_in_turn_and_update_together():
-    events = simulate(
-        pin_versions(replicated([3, 1], 6, 4), 6),
-        {**CONFIG, "num_stages": 2, "update_time": [2, 0]},
-    )
+    events = [event for event in simulated(2) if event.op.stage == 0]
     for op, device, start, _ in events:
-        if op.stage == 0 and op.kind in "FB":
+        if op.kind != "U":
             assert device == op.microbatch % 3
-        if op.kind == "U" and op.stage == 0:
-            together = [e for e in events if e.op[:2] == (0, "U") and e.op.version == op.version]
-            assert len(together) == 3
-            assert {(e.start, e.end) for e in together} == {(start, start + 2)}
-            last = [e.end for e in events if e.op.kind == "B" and e.op.stage == 0]
-            of_batch = [
-                e.end
-                for e in events
-                if e.op[:2] == (0, "B") and e.op.microbatch // 6 == op.microbatch // 6
-            ]
-            assert start >= max(of_batch)
-            assert len(last) == 24
+            continue
+        together = [e for e in events if e.op.kind == "U" and e.op.version == op.version]
+        assert len(together) == 3
+        assert {(e.start, e.end) for e in together} == {(start, start + 2)}
+        batch = [e for e in events if e.op.microbatch // 6 == op.microbatch // 6]
+        assert start == max(e.end for e in batch if e.op.kind == "B")
 
 
 @pytest.mark.parametrize("update_time", [0, 2.5])
 def test_a_replica_that_waits_to_update_waits_for_the_last_one(update_time):
-    config = {**CONFIG, "num_stages": 2, "update_time": [update_time, 0]}
-    events = simulate(pin_versions(replicated([3, 1], 6, 4), 6), config)
+    events = simulated(update_time)
     gaps, over = idle_times(events), max(e.end for e in events)
     for device in range(4):
         mine = [found for found in (*events, *gaps) if found.device == device]
@@ -115,36 +102,29 @@ def test_a_replica_that_waits_to_update_waits_for_the_last_one(update_time):
         assert gap.needed.end == gap.end == gap.next.start
 
 
-def test_microbatches_that_replicas_cannot_share_are_refused():
-    with pytest.raises(UserError, match="num_microbatches=4 must be a multiple of 3"):
-        train_replicated(SMALL, [3, 1])
-    for wrong in (0, -1, 1.5, True, "2"):
-        with pytest.raises(UserError, match="replicas"):
-            train_replicated(SMALL, [wrong, 1])
-
-
-@pytest.fixture
-def program(monkeypatch, capsys):
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["pipedream_planner.py", *map(str, flags)])
-        status = run_main(main)
-        return status, *capsys.readouterr()
-
-    return run
-
-
-def test_train_prints_what_was_trained(program):
-    status, out, err = program("train", "3-1", "--num_microbatches", 3, "--batch_size", 30)
+def test_train_prints_what_was_trained(run):
+    status, out, err = run("train", "3-1", "--num_microbatches", 3, "--batch_size", 30)
     assert (status, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
     config = {**CONFIG, "num_microbatches": 3, "batch_size": 30}
-    run, schedule, events = train_replicated(config, [3, 1])
-    assert f"Loss: {run.losses[0]:.4f} in the first batch, {run.losses[-1]:.4f} in the last" in out
+    trained, schedule, events = train_replicated(config, [3, 1])
+    losses = f"Loss: {trained.losses[0]:.4f} in the first batch, {trained.losses[-1]:.4f} in the"
+    assert losses in out
     assert f"4 GPUs, {max(e.end for e in events):g} time units" in out
     for gpu, row in enumerate(schedule):
         start = " ".join(f"{op.kind}{op.microbatch}" for op in row[:6])
         assert f"GPU{gpu} (stage {row[0].stage}): {start}" in out
+    assert "Weight versions per stage: 2 1\n" in out
     assert "between the weights of two replicas: 0\n" in out
+    assert RECOMPUTED not in out
+
+
+def test_times_may_be_one_per_stage_of_the_plan_and_recompute_is_said_to_count(run):
+    flags = "--num_batches", 1, "--hidden_size", 8, "--forward_time", "1,2", "--recompute", True
+    status, out, _ = run("train", "1-1", *flags)
+    assert status == 0
+    assert "2 GPUs, 23 time units" in out  # 1 + 4 * (2 + 2 + 1) + 2: stage 1 is always busy
+    assert RECOMPUTED in out
 
 
 def test_weights_that_differ_are_told_apart():
@@ -152,66 +132,41 @@ def test_weights_that_differ_are_told_apart():
     assert differences(weights) == 0.5
 
 
-@pytest.mark.parametrize("plan", ["0", "2-", "x", "65", "1.5-1", "True", "3-1", "--num_stages"])
-def test_a_bad_plan_gets_one_line(program, plan):
-    status, out, err = program("train", plan)
+@pytest.mark.parametrize("plan", ["-1", "2--1", "2-", "x", "1.5", "", "65", "3-1"])
+def test_a_bad_plan_gets_one_line(run, plan):
+    status, out, err = run("train", plan)
     assert (status, out, err.count("\n")) == (2, "", 1)
+    messages = {"65": "replicas=65 must be a whole", "3-1": "num_microbatches=4 must be a multiple"}
+    assert messages.get(plan, f"PLAN='{plan}' must be the GPUs of each stage, such as 2-1") in err
 
 
-@pytest.mark.parametrize("plan", ["-1", "2--1", "2-", "x", "", "1.5", "2-one"])
-def test_what_is_no_plan_is_told_what_one_looks_like(program, plan):
-    _, _, err = program("train", plan)
-    assert f"PLAN='{plan}' must be the GPUs of each stage, such as 2-1-1" in err
+def chain(costs, bytes_of_weights=1e8):
+    return [Layer("", f, b, 0.0, bytes_of_weights * w) for f, b, w in costs]
 
 
-def test_the_forwards_that_recompute_repeats_are_said_to_count(program):
-    flags = "--num_batches", 1, "--hidden_size", 8
-    again = "Busy time includes the forwards that recompute runs a second time."
-    assert again in program("train", "1-1", *flags, "--recompute", True)[1]
-    assert again not in program("train", "1-1", *flags)[1]
-
-
-def test_a_plan_that_is_too_long_to_simulate_is_printed_all_the_same(program, tmp_path):
-    path = tmp_path / "chain.csv"
-    path.write_text(",".join(COLUMNS) + "\n" + "a,1,2,3,0\n" * 4)
-    status, out, err = program("plan", path, "--gpus", 300, "--bandwidth", 1e9)
-    assert (status, err) == (0, "")
-    assert out.startswith("Plan: ")
-    assert "Not simulated: with so many GPUs" in out
-
-
-def chain(*costs):
-    return [Layer(str(i), f, b, a, w) for i, (f, b, a, w) in enumerate(costs)]
-
-
-def test_straight_plans_run_as_fast_as_the_planner_says():
-    """The planner knows no schedule, and the simulator no plan."""
+@pytest.mark.parametrize("straight", [True, False])
+def test_no_plan_runs_faster_than_the_planner_says_and_two_kinds_as_fast(straight):
+    """Straight ones and data parallelism. The planner knows no schedule, the simulator no plan."""
     generator = torch.Generator().manual_seed(1)
     for number in range(25):
-        costs = torch.rand(3 + number % 6, 2, generator=generator) + 0.05
-        layers = chain(*((f, b, 0, 0) for f, b in costs.tolist()))
-        plan = best_plan(layers, [1 + number % len(layers)], [1e9], straight=True)
-        seconds = simulate_plan(plan, layers)
-        assert seconds == pytest.approx(plan.slowest.seconds, rel=1e-9)
-
-
-def test_no_plan_runs_faster_than_the_planner_says_and_data_parallelism_as_fast():
-    generator = torch.Generator().manual_seed(2)
-    for number in range(25):
-        costs = torch.rand(3 + number % 4, 3, generator=generator) + 0.05
-        layers = chain(*((f, b, 0, 1e8 * w) for f, b, w in costs.tolist()))
-        plan = best_plan(layers, [2 + number % 6], [1e9])
-        seconds = simulate_plan(plan, layers)
-        promised = max(stage.compute + stage.all_reduce for stage in plan.stages)
+        size = 3 + number % 5
+        costs = (torch.rand(size, 3, generator=generator) + 0.05).tolist()
+        layers = chain(costs, bytes_of_weights=0 if straight else 1e8)
+        gpus = 1 + number % size if straight else 2 + number % 6
+        partition = best_partition(layers, [gpus], [1e9], straight)
+        seconds = simulate_partition(partition, layers)
+        promised = max(stage.compute + stage.all_reduce for stage in partition.stages)
         assert seconds >= promised * (1 - 1e-9)
-        if len(plan.stages) == 1:
+        if straight or len(partition.stages) == 1:
             assert seconds == pytest.approx(promised, rel=1e-9)
 
 
 def test_a_plan_that_the_schedule_of_the_paper_does_not_keep_busy():
     """Replicas that wait for each other at every update, and a first stage with 4 in flight."""
-    layers = chain((2 / 3, 4 / 3, 0, 1e9), (4 / 3, 8 / 3, 0, 0), (1 / 3, 2 / 3, 0, 0))
-    plan = best_plan(layers, [4], [1e9])
-    assert [stage.replicas for stage in plan.stages] == [1, 3]
-    assert plan.slowest.seconds == pytest.approx(2)
-    assert simulate_plan(plan, layers) > 2.3
+    layers = chain([(2 / 3, 4 / 3, 10), (4 / 3, 8 / 3, 0), (1 / 3, 2 / 3, 0)])
+    partition = best_partition(layers, [4], [1e9])
+    assert [stage.replicas for stage in partition.stages] == [1, 3]
+    assert partition.slowest.seconds == pytest.approx(2)
+    assert simulate_partition(partition, layers) > 2.3
+    with pytest.raises(UserError, match="too long"):
+        simulate_partition(best_partition(layers, [300], [1e9]), layers)

@@ -10,20 +10,19 @@ from hypothesis import strategies as st
 from pytorch import what_pytorch_executes
 from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleGPipe
 
+from pipedream.backstage.measures import mismatches, peak_in_flight, peak_versions, staleness
 from pipedream_simple import (
     CONFIG,
     SCHEDULES,
     Op,
     UserError,
     build_schedule,
+    gpipe,
+    list_run,
     makespan,
     memory_held,
-    mismatches,
-    peak_in_flight,
-    peak_versions,
     pin_versions,
     simulate,
-    staleness,
     train,
     utilization,
 )
@@ -130,7 +129,7 @@ def test_the_four_schedules_are_one_pattern_with_four_warmups(s, m, n):
             ("1f1b", batches, min(s - 1 - stage, m)),
             ("pipedream", run, min(s - 1 - stage, m * n)),
         ):
-            row = [step[1:] for step in SCHEDULES[name](stage, s, m, n)]
+            row = [step[1:] for step in list_run(*SCHEDULES[name], s, m, n)[stage]]
             assert row == [step for batch in parts for step in pattern(batch, warmup)]
 
 
@@ -295,7 +294,8 @@ def test_a_device_with_several_stages_updates_them_together_after_all_its_backwa
     ],
 )
 def test_a_schedule_that_does_not_run_every_step_once_is_refused(broken, monkeypatch):
-    monkeypatch.setitem(SCHEDULES, "mine", lambda *sizes: broken([*SCHEDULES["gpipe"](*sizes)]))
+    mine = lambda *sizes: broken([*gpipe(*sizes)])  # noqa: E731
+    monkeypatch.setitem(SCHEDULES, "mine", (mine, True))
     for call in (build_schedule, train):
         with pytest.raises(UserError, match="stage 0 must run the F and the B of each microbatch"):
             call({**CONFIG, "schedule": "mine"})

@@ -12,16 +12,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from pipedream.backstage.audit import Audit, VersionCount
+from pipedream.backstage.measures import mismatches, peak_versions
 from pipedream_simple import (
     CONFIG,
-    Audit,
     Worker,
     build_schedule,
     build_stages,
     load_digits,
     make_batches,
-    mismatches,
-    peak_versions,
     split_batches,
     train,
 )
@@ -42,17 +41,7 @@ def assert_same_run(run, reference):
             torch.testing.assert_close(ours[name].detach(), theirs[name].detach(), **EXACT)
 
 
-SHAPES = [
-    (1, 1, 3),
-    (1, 3, 3),
-    (2, 1, 4),
-    (2, 4, 3),
-    (3, 2, 5),
-    (4, 1, 9),
-    (4, 3, 6),
-    (4, 4, 6),
-    (6, 2, 8),
-]
+SHAPES = [(1, 1, 3), (1, 3, 3), (2, 1, 4), (3, 2, 5), (4, 1, 9), (4, 4, 6), (6, 2, 8)]
 
 
 @pytest.mark.parametrize(("s", "m", "n"), SHAPES)
@@ -126,9 +115,11 @@ def test_so_does_pipedream(s, m, n, vertical_sync, new):
 )
 def test_recompute_changes_no_bit(switches, network, dtype):
     config = small(**switches, **network)
-    once, twice = train(config, dtype), train({**config, "recompute": True}, dtype)
+    counts = VersionCount(), VersionCount()
+    once = train(config, dtype, watch=counts[0])
+    twice = train({**config, "recompute": True}, dtype, watch=counts[1])
     assert once.losses == twice.losses
-    assert once.peak_versions == twice.peak_versions
+    assert counts[0].peak == counts[1].peak
     for ours, theirs in zip(once.weights, twice.weights, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -299,9 +290,10 @@ def test_weight_versions_in_memory_are_those_of_the_formula(settings):
         delays = delays[:1] * 4
 
     storages = defaultdict(weakref.WeakSet)  # (stage, version, name) -> its storage, if it exists
-    peak = [0] * 4
+    peak, counted = [0] * 4, VersionCount()
 
     def watch(op, worker):
+        counted(op, worker)
         for version, weights in worker.versions.items():
             for name, w in weights.items():
                 storages[op.stage, version, name].add(w.untyped_storage())
@@ -327,7 +319,8 @@ def test_weight_versions_in_memory_are_those_of_the_formula(settings):
 
     stages = iter(range(4))
     run = train(config, watch=watch, worker_class=Watched)
-    assert peak == run.peak_versions == [delay + 1 for delay in delays]
+    assert len(run.weights) == 4  # they keep the last version alive
+    assert peak == counted.peak == [delay + 1 for delay in delays]
     assert peak == peak_versions(build_schedule(config))
     left = {key[:2] for key, xs in storages.items() if len(xs)}
     kept = 0 if not config["weight_stashing"] else 9  # without stashing all are one storage
@@ -519,7 +512,7 @@ def test_hidden_size_is_the_width_of_the_network():
 def test_the_accuracy_is_that_of_the_final_weights_on_images_never_trained_on(seed):
     config = {**CONFIG, "seed": seed, "num_batches": 60, "batch_size": 100}  # every training image
     run = train(config)
-    _, (x, y) = load_digits(torch.Generator().manual_seed(seed))
+    _, (x, y), _ = load_digits(config)
     h = x
     for stage, weights in zip(build_stages(config), run.weights, strict=True):
         h = functional_call(stage, weights, (h,))
@@ -558,7 +551,7 @@ def test_the_audit_measures_by_hand_what_it_says():
 
 
 def test_an_epoch_holds_every_training_digit_once_and_none_of_the_test_part():
-    (train_x, train_y), (test_x, test_y) = load_digits(torch.Generator().manual_seed(0))
+    (train_x, train_y), (test_x, test_y), _ = load_digits(CONFIG)
     assert (len(train_y), len(test_y)) == (1438, 359)
     assert train_x.shape == (1438, 64)
     assert train_x.dtype == torch.float32

@@ -26,38 +26,34 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import benchmark  # noqa: E402
 from reference import delayed_sgd  # noqa: E402
 
-from pipedream_lab import LAB_CONFIG, compare  # noqa: E402
-from pipedream_simple import (  # noqa: E402
-    CONFIG,
-    SCHEDULES,
-    Audit,
-    accuracy,
-    build_schedule,
-    build_stages,
-    format_batch,
-    format_comparison,
-    format_loss,
-    format_timeline,
-    makespan,
-    mismatches,
-    peak_in_flight,
-    schedule_name,
-    simulate,
-    staleness,
-    train,
-    utilization,
-    variants,
-)
-from pipedream_visual import in_a_row  # noqa: E402
+import pipedream_simple as pipe  # noqa: E402
+from pipedream.backstage.audit import Audit, VersionCount  # noqa: E402
+from pipedream.backstage.measures import mismatches, peak_in_flight, staleness  # noqa: E402
+from pipedream.schedules.plans import schedule_name, variants  # noqa: E402
 
-CPU = {**CONFIG, "device": "cpu"}
+CPU, DEVICE = {**pipe.CONFIG, "device": "cpu"}, ("--device", "cpu")
 SEEDS = range(5)
 SIZES = [(2, 2, 5), (4, 4, 5), (4, 8, 5), (4, 9, 3), (8, 4, 5), (8, 32, 2)]  # S, M, N
-VARIANTS = variants(SCHEDULES)
+VARIANTS = variants(pipe.SCHEDULES)
 TRAINED = [  # (variant, M); naive and 1F1B train on the numbers of GPipe
     *((name, 4) for name in VARIANTS if name not in ("naive", "1f1b")),
     *((name, 1) for name in list(VARIANTS)[3:]),
 ]
+
+
+@functools.cache
+def printed(command: str, *flags: str) -> str:
+    """What a command, or a script, prints in an empty folder."""
+    what = [str(ROOT / command)] if command.endswith(".py") else ["-m", "pipedream", command]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    with tempfile.TemporaryDirectory() as folder:
+        run = [sys.executable, *what, *flags]
+        return subprocess.check_output(run, cwd=folder, env=env, text=True)
+
+
+def between(text: str, first: str, last: str) -> str:
+    """The lines from the one that begins with first to the one before last."""
+    return text[text.index(first) : text.index(last)].strip("\n")
 
 
 def table(*rows: list) -> str:
@@ -83,13 +79,10 @@ def default_run() -> str:
     """## The default run
 
     `python pipedream_simple.py`: 4 stages, 4 microbatches, 5 batches, PipeDream with weight
-    stashing. The timeline, then the versions that the second batch read, then the losses.
+    stashing. The timeline, the first batch, then of each batch the loss, and the weight versions
+    that its first forward and its first backward read, stage 0 first.
     """
-    events, audit = simulate(build_schedule(CPU), CPU), Audit(CPU)
-    run = train(CPU, watch=audit)
-    losses = "\n".join(format_loss(batch, run.losses) for batch in range(CPU["num_batches"]))
-    second = format_batch(1, audit, CPU, events)
-    return "\n\n".join(map(fenced, [format_timeline(events), second, losses]))
+    return fenced(between(printed("pipedream_simple.py", *DEVICE), "Time|", "📊 WHAT"))
 
 
 def utilization_against_formula() -> str:
@@ -106,12 +99,12 @@ def utilization_against_formula() -> str:
         in_a_rows = {"naive": 1, "gpipe": count, "1f1b": count, "pipedream": count * batches}
         for name, n in in_a_rows.items():
             config = {**CPU, **sizes, "schedule": name}
-            simulated = utilization(simulate(build_schedule(config), config))
-            formula = in_a_row(n, stages)
+            simulated = pipe.utilization(pipe.simulate(pipe.build_schedule(config), config))
+            formula = n / (n + stages - 1)
             largest = max(largest, abs(simulated - formula))
             row.append(f"{simulated:.1%} = {formula:.1%}")
         rows.append(row)
-    heads = [schedule_name({**CPU, "schedule": name})[0] for name in in_a_rows]
+    heads = [pipe.NAMES[name] for name in in_a_rows]
     found = f"The largest difference is {largest:.1g}."
     return table(["S", "M", "N", *heads], *rows) + "\n\n" + found
 
@@ -122,53 +115,30 @@ def schedules() -> str:
     As `python pipedream_simple.py` compares them, and GPU by GPU. Bubble: the idle part of all GPU
     time. In flight and staleness: for GPU0, GPU1, GPU2, GPU3; versions are counted while training.
     """
-    rows, runs = [], {}
-    for name, settings in VARIANTS.items():
+    rows = []
+    for settings in VARIANTS.values():
         config = {**CPU, **settings}
-        schedule = build_schedule(config)
-        events = simulate(schedule, config)
-        runs[name] = schedule, events
-        lists = (
-            peak_in_flight(schedule),
-            train(config).peak_versions,
-            staleness(schedule, config["num_microbatches"]),
-        )
-        rows.append(
-            [
-                name_of(config),
-                f"{makespan(events):.10g}",
-                f"{1 - utilization(events):.1%}",
-                *(" ".join(map(str, numbers)) for numbers in lists),
-            ]
-        )
+        schedule, versions = pipe.build_schedule(config), VersionCount()
+        events = pipe.simulate(schedule, config)
+        pipe.train(config, watch=versions)
+        stale = staleness(schedule, config["num_microbatches"])
+        lists = peak_in_flight(schedule), versions.peak, stale
+        cells = f"{pipe.makespan(events):.10g}", f"{1 - pipe.utilization(events):.1%}"
+        rows.append([name_of(config), *cells, *(" ".join(map(str, each)) for each in lists)])
     heads = ["schedule", "makespan", "bubble", "in flight", "versions", "staleness"]
-    return fenced(format_comparison(CPU, runs)) + "\n\n" + table(heads, *rows)
+    compared = between(printed("pipedream_simple.py", *DEVICE), "  schedule", "\n💡 WHAT TO")
+    return fenced(compared) + "\n\n" + table(heads, *rows)
 
 
 @functools.cache
-def trained(variant: str, num_microbatches: int) -> list[tuple[float, dict[int, float]]]:
-    """(mean loss of the last 20 of 200 batches, {batches so far: accuracy}) of every seed."""
-    settings = {**VARIANTS[variant], "num_microbatches": num_microbatches, "num_batches": 200}
-    results = []
-    for seed in SEEDS:
-        config = {**CPU, **settings, "seed": seed}
-        weights: dict[int, dict] = {5: {}, 20: {}, 50: {}}  # batches -> stage -> copies
+def trained(variant: str, num_microbatches: int, num_batches: int, seed: int) -> pipe.Run:
+    settings = {"num_microbatches": num_microbatches, "num_batches": num_batches, "seed": seed}
+    return pipe.train({**CPU, **VARIANTS[variant], **settings})
 
-        def watch(op, worker, weights=weights):
-            if op.kind == "U" and op.version + 1 in weights:
-                newest = worker.versions[op.version + 1]
-                weights[op.version + 1][op.stage] = {
-                    k: w.detach().clone() for k, w in newest.items()
-                }
 
-        run, stages = train(config, watch=watch), build_stages(config)
-        on_the_way = {
-            count: accuracy(stages, [of_stage[s] for s in range(len(stages))], config)
-            for count, of_stage in weights.items()
-        }
-        last = statistics.fmean(run.losses[-20:])
-        results.append((last, {**on_the_way, 200: run.test_accuracy}))
-    return results
+def spread(values: list[float], form: str) -> str:
+    """Mean (lowest to highest)."""
+    return f"{statistics.fmean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def learning() -> str:
@@ -181,16 +151,10 @@ def learning() -> str:
     """
     rows = []
     for variant, count in TRAINED:
-        losses, right = zip(*trained(variant, count), strict=True)
-        right = [accuracies[200] for accuracies in right]
-        rows.append(
-            [
-                name_of({**CPU, **VARIANTS[variant]}),
-                count,
-                f"{statistics.fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})",
-                f"{statistics.fmean(right):.1%} ({min(right):.1%} to {max(right):.1%})",
-            ]
-        )
+        runs = [trained(variant, count, 200, seed) for seed in SEEDS]
+        losses = [statistics.fmean(run.losses[-20:]) for run in runs]
+        cells = spread(losses, ".3f"), spread([run.test_accuracy for run in runs], ".1%")
+        rows.append([name_of({**CPU, **VARIANTS[variant]}), count, *cells])
     return table(["schedule", "M", "loss", "accuracy"], *rows)
 
 
@@ -204,54 +168,46 @@ def on_the_way() -> str:
     """
     rows = []
     for variant, count in TRAINED:
-        if variant != "  no stashing":
-            config = {**CPU, **VARIANTS[variant], "num_microbatches": count, "num_batches": 20}
-            stale = " ".join(map(str, staleness(build_schedule(config), count)))
-            right = [accuracies for _, accuracies in trained(variant, count)]
-            cells = []
-            for batches in (5, 20, 50):
-                then = [one[batches] for one in right]
-                cells.append(f"{statistics.fmean(then):.1%} ({min(then):.1%} to {max(then):.1%})")
-            rows.append([name_of({**CPU, **VARIANTS[variant]}), count, stale, *cells])
+        if variant == "  no stashing":
+            continue
+        config = {**CPU, **VARIANTS[variant], "num_microbatches": count, "num_batches": 20}
+        stale = " ".join(map(str, staleness(pipe.build_schedule(config), count)))
+        cells = [
+            spread([trained(variant, count, n, seed).test_accuracy for seed in SEEDS], ".1%")
+            for n in (5, 20, 50)
+        ]
+        rows.append([name_of(config), count, stale, *cells])
     return table(["schedule", "M", "stale", "5 batches", "20 batches", "50 batches"], *rows)
 
 
-def lab() -> str:
-    """## All schedules of the lab
+def all_schedules() -> str:
+    """## All schedules
 
-    `python pipedream_lab.py compare --backward_time 2 --num_microbatches 8`: five batches, with
-    memory measured in bytes.
+    `python -m pipedream compare --backward_time 2 --num_microbatches 8`: five batches, with memory
+    measured in bytes.
     """
-    out, longer = io.StringIO(), {"backward_time": 2, "num_microbatches": 8}
-    with contextlib.redirect_stdout(out), tempfile.TemporaryDirectory() as folder:
-        compare({**LAB_CONFIG, **CPU, **longer}, Path(folder))
-    return fenced(out.getvalue().rpartition("\n\n")[0])
+    flags = "--backward_time", "2", "--num_microbatches", "8", *DEVICE
+    return fenced(printed("compare", *flags).rpartition("\n\n")[0])
 
 
 def gradients() -> str:
     """## Gradients without weight stashing
 
-    `--weight_stashing False`: backwards that read other weights than their forward, and how far the
-    gradient is from true backpropagation at the weights that the forward read, |difference| /
-    |true|, over all microbatches and stages. 20 batches.
+    `--weight_stashing False`, with the audit of `python -m pipedream audit`: backwards that read
+    other weights than their forward, and how far the gradient is from true backpropagation at the
+    weights that the forward read, |difference| / |true|, over all microbatches and stages. 20
+    batches.
     """
     rows = []
-    for microbatches in (4, 1):
-        for stashing in (False, True):
-            settings = {"num_microbatches": microbatches, "weight_stashing": stashing}
-            config = {**CPU, "num_batches": 20, **settings}
-            audit = Audit(config, gradients=True)
-            train(config, watch=audit)
-            errors = audit.error.values()
-            rows.append(
-                [
-                    microbatches,
-                    stashing,
-                    f"{len(mismatches(build_schedule(config)))} of {len(errors)}",
-                    f"{statistics.fmean(errors):.1%}",
-                    f"{max(errors):.1%}",
-                ]
-            )
+    for count, stashing in ((4, False), (4, True), (1, False), (1, True)):
+        settings = {"num_microbatches": count, "weight_stashing": stashing, "num_batches": 20}
+        audit = Audit({**CPU, **settings}, gradients=True)
+        pipe.train({**CPU, **settings}, watch=audit)
+        errors = audit.error.values()
+        wrong = f"{len(mismatches(pipe.build_schedule({**CPU, **settings})))} of {len(errors)}"
+        rows.append(
+            [count, stashing, wrong, f"{statistics.fmean(errors):.1%}", f"{max(errors):.1%}"]
+        )
     heads = ["M", "weight_stashing", "other weights", "mean error", "largest error"]
     return table(heads, *rows)
 
@@ -267,24 +223,20 @@ def differences() -> str:
     rows = []
     for count in (1, 4):
         behind = math.ceil(3 / count)
+        two_bw = f"W(t+1) = W(t) - lr * grad f(W(t-{behind}))"
         for settings, reference, delay in (
-            *(({"schedule": name}, "plain SGD", 0) for name in ("naive", "gpipe", "1f1b")),
-            ({}, "recurrence of weight stashing", None),
-            ({"vertical_sync": True}, f"W(t+1) = W(t) - lr * grad f(W(t-{behind}))", behind),
+            *(
+                ({"schedule": name}, "plain SGD", lambda s: 0)
+                for name in ("naive", "gpipe", "1f1b")
+            ),
+            ({}, "recurrence of weight stashing", lambda s, m=count: math.ceil((3 - s) / m)),
+            ({"vertical_sync": True}, two_bw, lambda s, behind=behind: behind),
         ):
             config = {**CPU, "num_batches": 9, "num_microbatches": count, **settings}
-            _, weights = delayed_sgd(
-                config,
-                lambda s, count=count, delay=delay: (
-                    math.ceil((3 - s) / count) if delay is None else delay
-                ),
-            )
-            largest = max(
-                (ours[name] - theirs[name]).abs().max().item()
-                for ours, theirs in zip(train(config, torch.float64).weights, weights, strict=True)
-                for name in ours
-            )
-            rows.append([name_of(config), count, reference, f"{largest:.1e}"])
+            ours, (_, theirs) = pipe.train(config, torch.float64), delayed_sgd(config, delay)
+            stages = zip(ours.weights, theirs, strict=True)
+            largest = max((a[name] - b[name]).abs().max() for a, b in stages for name in a)
+            rows.append([name_of(config), count, reference, f"{largest.item():.1e}"])
     return table(["schedule", "M", "against", "largest difference"], *rows)
 
 
@@ -299,23 +251,18 @@ def real_time() -> str:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node=2", str(ROOT / "tests" / "fidelity.py")]
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return fenced(
-        subprocess.run(
-            command, env=threads, check=True, capture_output=True, text=True
-        ).stdout.strip()
-    )
+    return fenced(subprocess.check_output(command, env=threads, text=True).strip())
 
 
 def neighbours() -> str:
     """## Instead of a pipeline
 
-    `python pipedream_neighbours.py`: one transformer, trained by one process, and by four in seven
+    `python -m pipedream neighbours`: one transformer, trained by one process, and by four in seven
     ways, on PyTorch's own engines. All end on the weights that they should. Times are of processes
     that share cores.
     """
-    command = [sys.executable, str(ROOT / "pipedream_neighbours.py")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return fenced(done.stdout[done.stdout.index("📊") :].strip())
+    text = printed("neighbours")
+    return fenced(text[text.index("📊") :].strip())
 
 
 def speed() -> str:
@@ -329,18 +276,10 @@ def speed() -> str:
     return fenced(out.getvalue().strip())
 
 
-def printed(command: str, *flags: str) -> str:
-    """What a command of the lab prints, but for the line that names the picture."""
-    with tempfile.TemporaryDirectory() as folder:
-        lab = [sys.executable, str(ROOT / "pipedream_lab.py"), command, "--out", folder, *flags]
-        done = subprocess.run(lab, check=True, capture_output=True, text=True)
-    return done.stdout.rpartition("\n\n")[0]
-
-
 def loss_against_time() -> str:
     """## Loss against simulated time
 
-    `python pipedream_lab.py worth`: batches and simulated time to a loss of 0.3, each schedule at
+    `python -m pipedream worth`: batches and simulated time to a loss of 0.3, each schedule at
     its best learning rate. A backward takes twice as long as a forward; links are free. Schedules
     with the same delays share their training, which is that of the recurrence; no stashing is
     trained op by op. Compare times within a table: with more microbatches, each is smaller.
@@ -348,30 +287,30 @@ def loss_against_time() -> str:
     parts = []
     for flags in ("", "--num_microbatches 1", "--num_microbatches 16", "--momentum 0.9"):
         title = f"`worth {flags}`" if flags else "`worth`: 4 stages, 4 microbatches, plain SGD"
-        parts.append(f"{title}\n\n{fenced(printed('worth', *flags.split()))}")
+        text = printed("worth", *flags.split()).rpartition("\n\n")[0]  # without the picture's name
+        parts.append(f"{title}\n\n{fenced(text)}")
     return "\n\n".join(parts)
 
 
 def price_of_staleness() -> str:
     """## The price of staleness
 
-    `python pipedream_lab.py staleness`: 8 stages of 2 layers, hidden size 32. The grid of learning
+    `python -m pipedream staleness`: 8 stages of 2 layers, hidden size 32. The grid of learning
     rates, halved from step to step: SGD 0.8 to 0.0125, momentum 3.2 to 0.0125 (times 1 - momentum),
     Adam 0.064 to 0.00025, Muon 0.064 to 0.001; it grows where the best rate is at its edge.
     """
-    return fenced(printed("staleness"))
+    return fenced(printed("staleness").rpartition("\n\n")[0])
 
 
 def missing_stashing() -> str:
     """## Where missing stashing hurts
 
-    `python pipedream_lab.py staleness --search`: the same network with more stages and layers, in
-    three widths, and for twice as many batches. One microbatch per batch, momentum 0.9. Without
-    stashing a backward meets weights that are up to 7, 15 and 31 updates newer than those of its
-    forward. At the end, the run in which no stashing hurts most, by the trainer of the pipeline
-    itself.
+    `python -m pipedream search`: the same network with more stages and layers, in three widths, and
+    for twice as many batches. One microbatch per batch, momentum 0.9. Without stashing a backward
+    meets weights that are up to 7, 15 and 31 updates newer than those of its forward. At the end,
+    the run in which no stashing hurts most, by the trainer of the pipeline itself.
     """
-    return fenced(printed("staleness", "--search"))
+    return fenced(printed("search").rpartition("\n\n")[0])
 
 
 LIMITS = """\
@@ -393,7 +332,7 @@ REPEATABLE = {  # section -> the question that it answers
     schedules: "How long, how much in flight, how many versions, how stale?",
     learning: "Do stale gradients learn as well in the end?",
     on_the_way: "And on the way there?",
-    lab: "What do interleaved and zero bubble change?",
+    all_schedules: "What do interleaved and zero bubble change?",
     gradients: "How wrong are gradients without weight stashing?",
     differences: "Are the weights those of plain training, or of the papers' recurrences?",
 }
@@ -407,37 +346,40 @@ ONCE = {  # minutes
 }
 
 
+def heading(function) -> str:
+    return function.__doc__.strip().splitlines()[0].removeprefix("## ")
+
+
+def text_of(function) -> str:
+    """What the function's docstring says, without the heading."""
+    return "\n".join(map(str.strip, function.__doc__.strip().splitlines()[2:]))
+
+
 def section(function) -> str:
-    """What the function's docstring says, then what it measured."""
-    lines = [line.strip() for line in function.__doc__.strip().splitlines()]
-    return "\n".join(lines) + "\n\n" + function()
+    return f"## {heading(function)}\n\n{text_of(function)}\n\n{function()}"
 
 
 def machine() -> str:
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "matplotlib")
-    )
-    return (
-        f"Python {platform.python_version()}, {versions}; {platform.system()} on "
-        f"{platform.machine()}, {os.cpu_count()} cores, no GPU used; {datetime.date.today()}."
-    )
+    packages = "torch", "numpy", "matplotlib"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    system = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores, no GPU used"
+    return f"Python {platform.python_version()}, {versions}; {system}; {datetime.date.today()}."
 
 
 HEAD = """\
 # Test results
 
 Written by `python tests/write_results.py`, which runs everything below; no figure is typed by hand.
-`python -m pytest` runs the first eight sections again and compares; losses and accuracies may
-differ a little."""
+`python -m pytest` runs the first eight sections again, most of the long trainings with one seed,
+and compares; losses and accuracies may differ a little."""
 
 
 def contents() -> str:
     """A table of the questions and the sections that answer them."""
     rows = []
     for function, question in {**REPEATABLE, **ONCE}.items():
-        heading = function.__doc__.strip().splitlines()[0].removeprefix("## ")
-        anchor = heading.lower().replace(",", "").replace(" ", "-")
-        rows.append([question, f"[{heading}](#{anchor})"])
+        anchor = heading(function).lower().replace(",", "").replace(" ", "-")
+        rows.append([question, f"[{heading(function)}](#{anchor})"])
     return table(["question", "section"], *rows)
 
 

@@ -1,0 +1,1 @@
+"""One file, one command, one question: the first line of its docstring."""

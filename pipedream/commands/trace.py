@@ -1,0 +1,63 @@
+"""What does the run look like in a profiler? A Chrome trace.
+
+    python -m pipedream trace run.json     then open it at ui.perfetto.dev or chrome://tracing
+
+A time unit of the simulation is a millisecond of the trace.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipedream.backstage.output import write
+from pipedream.schedules.files import file_of
+from pipedream.schedules.plans import Plan, make_plan
+from pipedream_simple import Event, count, inputs_of, memory_held, result_of
+
+FLAGS = {"FILE": "to write: a name that ends in .json"}
+
+
+def main(config: dict, file: Path) -> None:
+    plan = make_plan(config)
+    content = {"traceEvents": [*trace_events(plan)], "displayTimeUnit": "ms"}
+    text = json.dumps(content, default=float)  # NumPy's numbers, too
+    write(file, lambda path: path.write_text(text, "utf-8"), file_of(config), ".json")
+    events = count(len(content["traceEvents"]), "event")
+    print(f"{file}: {plan.name}, {events}; open it at ui.perfetto.dev")
+
+
+def trace_events(plan: Plan) -> Iterator[dict]:
+    """One track per GPU, one event per op, arrows for what is sent, counters for what is held.
+
+    A trace counts in microseconds.
+    """
+    from pipedream_visual import KINDS
+
+    for device in range(len(plan.schedule)):
+        yield {"ph": "M", "name": "process_name", "pid": device, "args": {"name": f"GPU{device}"}}
+    made = {result_of(event.op): event for event in plan.events}
+    sent, held_by = itertools.count(), [iter(memory_held(row)) for row in plan.schedule]
+    for event in plan.events:
+        op, device, start, end = event
+        counters = "microbatches in flight", "weight versions"
+        for what, held in zip(counters, next(held_by[device]), strict=True):
+            yield {"ph": "C", "name": what, "pid": device, "ts": 1000 * end, "args": {"held": held}}
+        here = {"pid": device, "tid": 0, "ts": 1000 * start, "args": op._asdict()}
+        if op.kind == "U":
+            yield {**here, "ph": "i", "s": "p", "name": f"update to v{op.version + 1}"}
+            continue
+        name = {"name": str(op), "cat": KINDS[op.kind]}
+        yield {**here, **name, "ph": "X", "dur": 1000 * (end - start)}
+        for step in inputs_of(op, plan.config["num_stages"]):
+            if made[step].device != device:
+                yield from arrow(made[step], event, next(sent))
+
+
+def arrow(sender: Event, receiver: Event, number: int) -> Iterator[dict]:
+    """From the middle of one op to the middle of the one that needs its result."""
+    what = "activations" if receiver.op.kind == "F" else "gradients"
+    both = {"name": what, "cat": "sent", "id": number, "tid": 0}
+    began, ended = ({"pid": e.device, "ts": 500 * (e.start + e.end)} for e in (sender, receiver))
+    yield {**both, "ph": "s", **began}
+    yield {**both, "ph": "f", **ended, "bp": "e"}

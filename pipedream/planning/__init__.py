@@ -1,0 +1,1 @@
+"""Where to cut a network: profiles, clock, search, replicas."""

@@ -1,0 +1,1 @@
+"""Real processes: engine, launch, and other ways to train on several GPUs."""

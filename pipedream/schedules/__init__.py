@@ -1,0 +1,1 @@
+"""More schedules, and what they cost: rows, plans, files, halves, memory, reasons."""

@@ -1,0 +1,164 @@
+"""Why does a GPU wait, why in this order, and why on these weights? Told from rows and events."""
+
+from pipedream.backstage.measures import Idle, dependencies, idle_times, rounded, short_name, tick
+from pipedream.backstage.text import clock
+from pipedream.schedules.plans import Plan
+from pipedream.schedules.rows import LIBRARY
+from pipedream_simple import Event, Op, Step, count, memory_held, per_stage
+
+
+def critical_path(events: list[Event]) -> list[Event]:
+    """A chain of ops that sets the makespan: none of them could have started any earlier.
+
+    Each starts when the previous one has ended, on the same GPU, or when its result arrives. There
+    may be several such chains. The events' times are rounded, so that ops that follow each other
+    meet.
+    """
+    before = {event: (previous, needed) for event, previous, needed in dependencies(events)}
+    event: Event | None = max(events, key=lambda event: event.end)
+    path = []
+    while event:
+        path.append(event)
+        previous, needed = before[event]
+        event = previous if previous and previous.end == event.start else needed
+    return path[::-1]
+
+
+ORDER = {  # why does another op have to wait? About Idle.next {next} and the other op {other}
+    "none": "Nothing else is ready to run.",
+    "flush": "{other} could run{since}, but it belongs to the next batch, which waits for the "
+    "update: the flush.",
+    "limit": "{other} could run{since}, but GPU{device} already holds {held} in flight, its limit "
+    "in this schedule.",
+    "row": "{other} could run{since}, but this schedule puts {next} first.",
+}
+READS = {  # why does an op read its weight version {v}? Said of the op; {new} is the newest then
+    "first": "It reads v{v}, the initial weights.",
+    "fresh": "It reads v{v}, up to date, as in plain SGD.",
+    "stale": "It reads v{v}, the newest here. Plain SGD would read v{batch}, but that still waits "
+    "for microbatches in flight.",
+    "pinned": "It reads v{v}, which the first forward of its batch pinned, though v{new} exists.",
+    "synced": "It reads v{v}, which stage 0 pinned for its batch. (The newest here is v{new}.)",
+    "same": "It reads v{v}, as its forward did.",
+    "stashed": "It reads v{v}, as its forward did: v{v} was stashed for it. (v{new} is newer.)",
+    "wrong": "It reads v{v}, the newest, but its forward read v{forward}: the gradient is wrong.",
+    "W": "It reads no weights, only what its forward and its I left.",
+    "U": "It turns v{v} into v{made}: the batch has no more backwards on this GPU.",
+}
+SAYS = {  # of an op
+    "runs": "GPU{gpu} runs {op} from {start} to {end}.",
+    "needed": "Its input is from {op} of GPU{gpu}, done at {end}.",
+    "needed by": "Its result goes to {op} of GPU{gpu}, at {start}.",
+}
+
+
+def said(key: str, event: Event) -> str:
+    start, end = clock(event.start), clock(event.end)
+    return SAYS[key].format(gpu=event.device, op=short_name(event), start=start, end=end)
+
+
+class Reasons:
+    """Why a GPU runs its ops in this order, and on these weights: all from rows and events."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        comm_time = per_stage(plan.config, "comm_time")
+        self.ready: dict[Op, float] = {}  # when the input of an op is there
+        self.place: dict[Op, int] = {}  # in its row
+        self.newest: dict[Op, int] = {}  # version on the op's stage
+        ended: dict[Step, float] = {}
+        for (op, device, _, end), _, needed in dependencies(plan.events):
+            travel = comm_time[needed.op.stage] if needed and needed.device != device else 0
+            arrived = needed.end + travel if needed else 0
+            self.ready[op] = ended[op.stage, "I", op.microbatch] if op.kind == "W" else arrived
+            ended[op[:3]] = end
+        for row in plan.schedule:
+            made = {op.stage: 0 for op in row}
+            for place, op in enumerate(row):
+                self.place[op], self.newest[op] = place, made[op.stage]
+                made[op.stage] += op.kind == "U"
+        self.event_of = {event.op: event for event in plan.events}
+        self.held = [[0, *(held for held, _ in memory_held(row))] for row in plan.schedule]
+        self.flushes = LIBRARY.get(plan.config["schedule"], (None, True))[1]  # a file does, too
+        self.forward = {op[::2]: op for op in self.place if op.kind == "F"}
+
+    def order(self, idle: Idle) -> tuple[str, Event | None]:
+        """Of an idle time: why does the row not put another op first? And which one could run?"""
+        if idle.next is None:
+            return "", None
+        row, place = self.plan.schedule[idle.device], self.place[idle.next.op]
+        start, end = tick(idle.start), tick(idle.end)
+        others = (op for op in row[place + 1 :] if op.kind != "U" and tick(self.ready[op]) < end)
+        other, held = next(others, None), self.held[idle.device]
+        if other is None:
+            return ORDER["none"], None
+        key = "row"
+        if other.kind == "F" and self.flushes and other.version > self.newest[idle.next.op]:
+            key = "flush"
+        elif other.kind == "F" and held[place] == max(held):
+            key = "limit"
+        ready = tick(self.ready[other])
+        since = f" from {clock(ready)} on" if ready > start else ""
+        words = {"held": count(held[place], "microbatch"), "since": since, "device": idle.device}
+        text = ORDER[key].format(next="{next}", other="{other}", **words)
+        return text, self.event_of[other]
+
+    def reads(self, op: Op) -> str:
+        """Why does this op read the weight version that it reads?"""
+        v, new, config = op.version, self.newest[op], self.plan.config
+        batch, forward = op.microbatch // config["num_microbatches"], self.forward[op[::2]].version
+        if op.kind in "WU":
+            key = op.kind
+        elif op.kind != "F":
+            key = "wrong" if v != forward else "stashed" if v < new else "same"
+        elif v == batch:
+            key = "fresh" if v else "first"
+        elif config["vertical_sync"] and v < new:
+            key = "synced"
+        else:
+            key = "pinned" if v < new else "stale"
+        return READS[key].format(v=v, new=new, batch=batch, forward=forward, made=v + 1)
+
+    def explain_idle(self, idle: Idle) -> str:
+        """One or two sentences: what the GPU waits for, and why it runs nothing else meanwhile."""
+        text, other = self.order(idle)
+        names = {"next": idle.next and short_name(idle.next), "other": other and short_name(other)}
+        return f"{idle}. {text.format(**names)}".strip()
+
+    def busy(self, event: Event, needed: Event) -> str:
+        """What a GPU runs now, and whether that or something later is what others wait for."""
+        line = f"GPU{event.device} runs {short_name(event)} until {clock(event.end)}"
+        if event == needed:
+            return f"{line}."
+        in_batch = self.plan.config["num_microbatches"]
+        batch, later = (e.op.microbatch // in_batch for e in (event, needed))
+        then = "after the flush" if self.flushes and batch < later else "after that"
+        return f"{line}, and {short_name(needed)} {then}."
+
+
+def explain_moment(plan: Plan, device: int, time: float) -> list[str]:
+    """What a GPU does at a time before the makespan, and why; if it waits, then also for whom."""
+    plan = plan._replace(events=rounded(plan.events))
+    reasons, time = Reasons(plan), tick(time)
+    found_at: list[Event | Idle] = [*plan.events, *idle_times(plan.events)]
+
+    def at(device: int) -> Event | Idle:
+        mine = (found for found in found_at if found.device == device)
+        return next(found for found in mine if found.start <= time < found.end)
+
+    found = at(device)
+    if isinstance(found, Event):
+        return explain_op(reasons, found)
+    lines = [reasons.explain_idle(found)]
+    while isinstance(found, Idle) and found.needed and found.needed.end > time:
+        needed, found = found.needed, at(found.needed.device)
+        lines.append(f"{found}." if isinstance(found, Idle) else reasons.busy(found, needed))
+    return lines
+
+
+def explain_op(reasons: Reasons, event: Event) -> list[str]:
+    """What a GPU runs, on which weights and why, and where its input and its result go."""
+    lines = [said("runs", event) + " " + reasons.reads(event.op)]
+    pairs = [(other, needed) for other, _, needed in dependencies(reasons.plan.events) if needed]
+    lines += [said("needed", needed) for other, needed in pairs if other == event]
+    return lines + [said("needed by", other) for other, needed in pairs if needed == event]

@@ -1,0 +1,1 @@
+"""What old gradients cost: delays, and the best learning rate for each."""

@@ -1,0 +1,177 @@
+"""compare, trace and export, as commands: what they print, draw and write."""
+
+import itertools
+import json
+import os
+import re
+
+import pytest
+from PIL import Image
+from pytorch import rows_of_pytorch, save_as_pytorch_does
+from small import FLUSHING, SMALL
+
+import pipedream.commands.compare
+import pipedream.commands.export
+import pipedream_visual
+from pipedream.commands.compare import draw_plans
+from pipedream.schedules.memory import memory_formula
+from pipedream.schedules.plans import PLAN_CONFIG, all_plans, make_plan
+from pipedream_simple import CONFIG, memory_held, train
+
+
+def table_of(out, heading):
+    """{name: its cells} of the table below that line."""
+    lines = out[out.index(heading) :].splitlines()[2:]
+    rows = [re.split("  +", line.strip()) for line in itertools.takewhile(len, lines)]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_compare_prints_every_schedule_and_draws_them(run, tmp_path):
+    status, out, err = run("compare", "--out", "new/folder", "--num_batches", 2)
+    assert (status, err) == (0, "")
+    simulated, measured = table_of(out, "Simulated"), table_of(out, "Trained")
+    names = *FLUSHING, "pipedream", "vertical sync", "no stashing"
+    assert (*simulated,) == names
+    for name in FLUSHING:
+        assert float(measured[name][2]) < 1e-12  # to plain SGD
+    assert float(measured["pipedream"][2]) > 1e-6
+    time, speed_up = f"{2 * (8 + 3)}", f"{2 * 4 * 4 * 2 / (2 * (8 + 3)):.2f}x"
+    in_flight, versions, stale = "4 3 2 1", "2 2 2 1", "1 1 1 0"
+    expected = [time, speed_up, f"{8 / 11:.1%}", in_flight, versions, stale]
+    assert simulated["pipedream"] == expected
+    trained = train({**CONFIG, "num_batches": 2})
+    assert measured["pipedream"][:2] == [
+        f"{trained.losses[-1]:.4f}",
+        f"{trained.test_accuracy:.1%}",
+    ]
+    bytes_of = memory_formula(make_plan({**PLAN_CONFIG, "num_batches": 2}))
+    assert measured["pipedream"][4] == " ".join(f"{sum(b) / 1024:.0f}" for b in bytes_of)
+    assert f"{9 * 4} of {9 * 4} GPUs" in out
+    with Image.open(tmp_path / "new" / "folder" / "schedules.png") as image:
+        assert image.width < 4000
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+
+
+@pytest.mark.parametrize("settings", [{"num_stages": 2}, {"num_stages": 8}, {"num_batches": 1}])
+def test_compare_fits_80_columns_and_says_what_is_left_out(capsys, monkeypatch, settings):
+    monkeypatch.setattr(pipedream.commands.compare, "draw_and_write", lambda *args: "")
+    config = {**SMALL, "num_batches": 2, "num_microbatches": 8, "chunks_per_gpu": 2, **settings}
+    pipedream.commands.compare.main(config)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(lines)
+    assert "layers_per_stage=3 must be a multiple of chunks_per_gpu=2" in text
+
+
+def test_compare_puts_a_file_of_pytorch_beside_the_others(run, tmp_path):
+    file = tmp_path / "a_rather_long_name_of_a_file.csv"
+    save_as_pytorch_does(rows_of_pytorch("ScheduleZBVZeroBubble", 2, 4, 2), file)
+    flags = ["--num_batches", 1, "--layers_per_stage", 6, "--hidden_size", 12]
+    status, out, err = run("compare", "--schedule", file, *flags)
+    assert (status, err) == (0, "")
+    name = next(name for name in table_of(out, "Trained") if name.endswith(".csv"))
+    assert float(table_of(out, "Trained")[name][2]) < 1e-12
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+
+
+@pytest.mark.parametrize("command", ["why", "in_flight", "compare"])
+def test_the_forwards_that_recompute_repeats_are_said_to_count(run, command):
+    sizes = ["--num_batches", 1, "--num_stages", 2, "--hidden_size", 8]
+    again = "Busy time includes the forwards that recompute runs a second time."
+    assert again in run(command, *sizes, "--recompute", True).out
+    assert again not in run(command, *sizes).out
+
+
+def test_the_picture_of_all_ends_with_the_slowest_but_naive_and_names_stages():
+    plans, _ = all_plans({**SMALL, "num_batches": 1})
+    figure = draw_plans(plans, pipedream_visual)
+    assert figure.texts[0].get_text() == "7 schedules, one time axis. The fastest: interleaved"
+    headings = [text.get_text().split(":")[0] for text in figure.texts[2:]]
+    assert headings == [*FLUSHING, "pipedream"]
+    for axes in figure.axes:
+        assert axes.get_xlim() == (0, 2 * (4 + 4 - 1))
+    labels = [{text.get_text() for text in axes.texts} for axes in figure.axes]
+    assert {"F0", "B3"} <= labels[1]
+    assert {"0F0", "8B0"} <= labels[3]
+    assert {"I0", "W3"} <= labels[4]
+
+
+# --------------------------------------------------------------------------------------- trace
+
+
+def traced(run, tmp_path, config):
+    """{phase: its events} that the command writes."""
+    flags = itertools.chain(*((f"--{key}", value) for key, value in config.items()))
+    assert run("trace", "run.json", *flags).status == 0
+    events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+    return {phase: [e for e in events if e["ph"] == phase] for phase in "XsfCiM"}
+
+
+@pytest.mark.parametrize("schedule", ["pipedream", "zb-h1", "interleaved"])
+def test_the_trace_is_the_simulated_run(run, tmp_path, schedule):
+    config = {"num_batches": 2, "backward_time": 2, "comm_time": 1, "schedule": schedule}
+    plan, by = make_plan({**PLAN_CONFIG, **config}), traced(run, tmp_path, config)
+    ops = {(e["name"], e["pid"], e["ts"], e["ts"] + e["dur"]) for e in by["X"]}
+    expected = {(str(e.op), e.device, 1000 * e.start, 1000 * e.end) for e in plan.events}
+    assert {o[:3] for o in ops} == {e[:3] for e in expected if "U" not in e[0]}
+    updates = sorted((e["pid"], e["ts"]) for e in by["i"])
+    assert updates == sorted((e.device, 1000 * e.end) for e in plan.events if e.op.kind == "U")
+
+    # an arrow for every microbatch, link and direction, from the middle of an op to the next one's
+    back = "I" if schedule == "zb-h1" else "B"
+    middle = {e.op[:3]: (e.device, 500 * (e.start + e.end)) for e in plan.events}
+    ends = {e["id"]: (e["pid"], e["ts"]) for e in by["f"]}
+    arrows = [(e["name"], (e["pid"], e["ts"]), ends[e["id"]]) for e in by["s"]]
+    links = []
+    for s, m in itertools.product(range(plan.config["num_stages"] - 1), range(8)):
+        links += [("activations", middle[s, "F", m], middle[s + 1, "F", m])]
+        links += [("gradients", middle[s + 1, back, m], middle[s, back, m])]
+    assert sorted(arrows) == sorted(links)
+
+    ended = {e.op: e.end for e in plan.events}
+    for device, row in enumerate(plan.schedule):
+        counters = [e for e in by["C"] if e["pid"] == device]
+        assert [e["ts"] for e in counters[::2]] == [1000 * ended[op] for op in row]
+        values = [e["args"]["held"] for e in counters]
+        assert [*zip(values[::2], values[1::2], strict=True)] == memory_held(row)
+
+
+def test_nothing_is_sent_inside_a_gpu(run, tmp_path):
+    config = {"schedule": "interleaved", "num_stages": 1, "num_microbatches": 2}
+    by = traced(run, tmp_path, config)
+    assert not by["s"] + by["f"]
+    assert len(by["X"]) == 3 * 2 * 2 * 5  # stages, F B, M, N
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("compare --schedule zb-h3", "compare --schedule none.csv", "compare --out /dev/null"),
+        *("compare --num_stages 0", "compare --chunks_per_gpu 0", "in_flight --in_flight -1"),
+        *("why --weight_gradient_time x", "why --weight_gradient_time 0.5,0.5"),
+        *("export", "export my.csv more", "export a.csv --weight_stashing"),
+        *("export dir", "export .", "export -", "export notes.txt", "export dir.csv"),
+        *("trace /", "trace /dev/null", "trace my.csv", "trace a.json --batch_size 5"),
+        *("trace my.csv --schedule my.csv", "export my.csv --schedule my.csv"),
+        "export ./link.csv --schedule my.csv",
+        "export a.csv --schedule interleaved --num_microbatches 2",
+        "export a.csv --schedule interleaved --chunks_per_gpu 2",
+    ],
+)
+def test_bad_input_gets_one_line_and_changes_nothing(run, tmp_path, flags):
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir.csv").mkdir()
+    (tmp_path / "my.csv").write_text("0F0,0B0\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "link.csv").symlink_to("my.csv")
+    before = sorted(os.listdir(tmp_path))
+    status, out, err = run(*flags.split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert len(err) < 600
+    assert sorted(os.listdir(tmp_path)) == before
+    assert (tmp_path / "my.csv").read_text() == "0F0,0B0\n"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not os.listdir(tmp_path / "dir.csv")
