@@ -317,8 +317,7 @@ def simulate(
             free_at[device] = now
         if len(events) == num_before:
             heads = [(d, inputs(row[-1], num_stages)) for d, row in enumerate(todo) if row]
-            names = ((d, "".join(map(str, steps[0]))) for d, steps in heads if steps)
-            waits = (f"GPU{device} waits for {name}" for device, name in names)
+            waits = (f"GPU{d} waits for {''.join(map(str, w[0]))}" for d, w in heads if w)
             raise ValueError("deadlock: " + ", ".join(waits))
     return sorted(events, key=lambda event: event.start)  # stable: an op stays behind its input
 
@@ -606,7 +605,7 @@ LEGEND = """\
 
 
 def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("ch") else "s")
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun[-1] in "hs" else "s")
 
 
 def format_rows(rows: Iterable[Iterable[tuple]]) -> str:
@@ -627,10 +626,7 @@ def format_per_gpu(values: list, limit: int = 5) -> str:
 
 
 def format_timeline(events: list[Event], width: int = 80) -> str:
-    """A row for every time at which something begins or ends, and a column for every GPU.
-
-    Where that is wider than width, cells are abbreviated. Of many rows the middle is folded.
-    """
+    """A row per moment and a column per GPU: abbreviated beyond width, and folded in the middle."""
     gpus = range(1 + max(event.device for event in events))
     heading, *names, idle, separator = ROOMY if 16 * len(gpus) + 16 <= width else NARROW
     spans = [(op, gpu, round(start, 9), round(end, 9)) for op, gpu, start, end in events]
@@ -751,9 +747,9 @@ def check_value(key: str, value: Any, rule: Any) -> None:
     else:
         kind, least, most = rule
         items = value if kind is list and isinstance(value, list) else [value]
-        types = int if kind is int else (int, float)
-        good = all(isinstance(x, types) and type(x) is not bool for x in items)
-        good = good and all(least <= x <= most for x in items)
+        types = int if kind is int else (int, float)  # a bool is an int, too, but not a number here
+        numbers = [x for x in items if isinstance(x, types) and not isinstance(x, bool)]
+        good = len(numbers) == len(items) and all(least <= x <= most for x in numbers)
         words = {int: "a whole number", float: "a number", list: "a number, or one per stage,"}
         must = f"{words[kind]} from {least:g} to {most:g}"
     if not good:
@@ -852,38 +848,6 @@ def run_main(main: Callable[[], object]) -> int:
         message = "stopped"
     print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr, flush=True)
     return 130 if message == "stopped" else 2
-
-
-# TEMP-COMPAT (removed at integration; package code gets these from pipedream.backstage.measures/text)
-def peak_in_flight(schedule: Schedule) -> list[int]:
-    """The most microbatches that each device holds at once."""
-    return [max(in_flight for in_flight, _ in memory_held(row)) for row in schedule]
-
-
-def peak_versions(schedule: Schedule) -> list[int]:
-    """The most weight versions that each device holds at once, of each of its stages."""
-    alive = [max(alive for _, alive in memory_held(row)) for row in schedule]
-    return [n // len({op.stage for op in row}) for n, row in zip(alive, schedule, strict=True)]
-
-
-def staleness(schedule: Schedule, num_microbatches: int) -> list[int]:
-    """Per device, the most updates that a forward misses: plain SGD reads version b for batch b."""
-    forwards = [[op for op in row if op.kind == "F"] for row in schedule]
-    return [max(op.microbatch // num_microbatches - op.version for op in row) for row in forwards]
-
-
-def tick(time: float) -> float:
-    """A time without the last digits of rounding, so that 0.1 + 0.2 and 0.3 are one moment."""
-    return float(f"{float(time):.12g}")
-
-
-def format_loss(batch: int, losses: list[float]) -> str:
-    """The one line that is left of a batch."""
-    return f"Batch {batch + 1}: Loss {losses[batch]:.4f} (weights v{batch} → v{batch + 1})"
-
-
-def add_momentum(gradient: Weights, velocity: Weights, momentum: float) -> Weights:
-    return {name: g + momentum * velocity.get(name, 0) for name, g in gradient.items()}
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def simulated(config: dict, **settings) -> list[Event]:
     """The events of this CONFIG with other settings; ops that follow each other meet."""
     config = {**config, **settings}
     events = pipe.simulate(pipe.build_schedule(config), config)
-    return [e._replace(start=pipe.tick(e.start), end=pipe.tick(e.end)) for e in events]
+    return [e._replace(start=round(e.start, 9), end=round(e.end, 9)) for e in events]
 
 
 def gpus_of(events: list[Event]) -> list[int]:
@@ -372,7 +372,7 @@ def lifetimes(events: list[Event]) -> dict[tuple[int, int], tuple[float, float, 
 def peaks(events: list[Event]) -> list[int]:
     """The most weight versions that each GPU holds at once."""
     rows = [[event.op for event in events if event.device == gpu] for gpu in gpus_of(events)]
-    return pipe.peak_versions(rows)
+    return [max(alive for _, alive in pipe.memory_held(row)) for row in rows]
 
 
 def find_example(events: list[Event]) -> tuple[Event, ...]:

@@ -79,14 +79,13 @@ def run(command, argv: list[str]) -> None:
     from pipedream.backstage.cli import parse
     from pipedream.schedules.plans import PLAN_CONFIG, settle
 
-    if hasattr(command, "KEYS"):  # a config of its own, which its main checks
-        config, flags = parse(command, command.KEYS, argv)
-    else:
-        defaults = {**PLAN_CONFIG, **getattr(command, "DEFAULTS", {})}
-        takes = getattr(command, "TAKES", defaults)
-        given, flags = parse(command, {key: defaults[key] for key in takes}, argv)
+    defaults = {**PLAN_CONFIG, **getattr(command, "DEFAULTS", {})}
+    takes = getattr(command, "TAKES", defaults)
+    own = getattr(command, "KEYS", None)  # a config of its own, which its main checks
+    config, flags = parse(command, own or {key: defaults[key] for key in takes}, argv)
+    if not own:
         named = {flag.removeprefix("--").partition("=")[0] for flag in argv}
-        config = settle({**defaults, **given}, named & {*takes})
+        config = settle({**defaults, **config}, named & {*takes})
     command.main(config, **flags)
 
 

@@ -23,6 +23,8 @@ from torch.distributed.pipelining import schedules as engines
 import pipedream.backstage.audit
 import pipedream_simple
 from pipedream.backstage.audit import Audit, VersionCount
+from pipedream.backstage.measures import peak_versions
+from pipedream.backstage.text import format_loss
 from pipedream.commands import distributed
 from pipedream.commands.distributed import format_clock, num_cores, one_process, place, prove
 from pipedream.processes import engine, launch
@@ -30,7 +32,7 @@ from pipedream.processes.engine import Recomputed, Report, difference
 from pipedream.processes.launch import LOST
 from pipedream.schedules.halves import train_plan
 from pipedream.schedules.plans import PLAN_CONFIG, make_plan
-from pipedream_simple import UserError, build_stages, peak_versions
+from pipedream_simple import UserError, build_stages
 
 SMALL = {**PLAN_CONFIG, "hidden_size": 12, "device": "cpu", "num_batches": 5}
 CPU = torch.device("cpu")
@@ -315,7 +317,7 @@ def test_started_plainly_it_starts_all_processes_and_proves_what_they_did(monkey
     assert max(map(len, out.splitlines())) <= 80
     config = {**pipedream_simple.CONFIG, "num_stages": 2, "num_microbatches": 2}
     run = pipedream_simple.train(config)
-    lines = [f"- {pipedream_simple.format_loss(batch, run.losses)}" for batch in range(5)]
+    lines = [f"- {format_loss(batch, run.losses)}" for batch in range(5)]
     assert [line for line in out.splitlines() if line.startswith("- ")] == lines
 
     lines = out.partition("REAL AND SIMULATED TIME")[2].splitlines()

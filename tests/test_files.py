@@ -44,6 +44,9 @@ def test_what_pytorch_generates_can_be_read_and_trains_to_plain_sgd(
     same_as_recurrence(plan)
 
 
+MANY = [[f"{s}F0", f"{s}B0", f"{s}F1", f"{s}B1"] for s in range(199)]
+
+
 @pytest.mark.parametrize("schedule", FLUSHING)
 def test_what_we_export_is_read_again_and_loads_into_pytorchs_runtime(tmp_path, run, schedule):
     flags = ["--schedule", schedule, "--hidden_size", 12]
@@ -73,6 +76,7 @@ def test_what_we_export_is_read_again_and_loads_into_pytorchs_runtime(tmp_path, 
         ([["0F0", "0B0"], ["2F0", "2B0"]], "stage 1 .* it runs nothing"),
         ([["0F0", "0B0", "999999F999999"]], "it runs nothing"),
         ([["0F0", "0B0", "0F1", "0B1"], ["1F1", "1F0", "1B1", "1B0"]], "0 waits for 1B0, GPU1"),
+        ([*MANY, ["199F1", "199F0", "199B1", "199B0"]], "deadlock: GPU0 waits for 1B0"),
         ([["", ""]], "has no ops"),
     ],
 )
@@ -82,14 +86,6 @@ def test_a_bad_csv_gets_one_short_line(tmp_path, rows, words):
         plan_of(tmp_path / "bad.csv", batch_size=12)
     assert "\n" not in str(caught.value)
     assert "bad.csv" in str(caught.value)
-    assert len(str(caught.value)) < 500
-
-
-def test_a_deadlock_names_some_of_many_that_wait(tmp_path):
-    many = [[f"{s}F0", f"{s}B0", f"{s}F1", f"{s}B1"] for s in range(200)]
-    write_rows(tmp_path / "stuck.csv", [*many[:-1], ["199F1", "199F0", "199B1", "199B0"]])
-    with pytest.raises(UserError, match="deadlock: GPU0 waits for 1B0") as caught:
-        plan_of(tmp_path / "stuck.csv")
     assert len(str(caught.value)) < 500
 
 

@@ -24,48 +24,44 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class Twice(nn.Module):
+class Network(nn.Module):
+    """Parts with weights, and what to do with them."""
+
+    def __init__(self, compute, **parts):
+        super().__init__()
+        self.compute = compute
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.compute(self, x)
+
+
+def weight(*size):
+    return nn.Parameter(torch.randn(size))
+
+
+def twice(net, x):
     """A weight that enters the graph at two places, and one that x does not meet first."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-        self.scale = nn.Parameter(torch.randn(6))
-        self.shift = nn.Parameter(torch.randn(6))
-
-    def forward(self, x):
-        x = torch.tanh(self.linear(x) * (self.scale * self.shift))
-        return self.linear(x) + self.shift
+    x = torch.tanh(net.linear(x) * (net.scale * net.shift))
+    return net.linear(x) + net.shift
 
 
-class FirstOf(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return self.module(x)[0]
-
-
-class Split(nn.Module):
+def split(net, x):
     """Weights enter at a node with two outputs that are both used."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(6, 6))
-
-    def forward(self, x):
-        q, r = torch.linalg.qr(x.mT @ x + self.weight)
-        return x @ q @ r
+    q, r = torch.linalg.qr(x.mT @ x + net.weight)
+    return x @ q @ r
 
 
 MODULES = {
     "stage": lambda: build_stages({**SMALL, "hidden_size": 6})[1],
     "mlp": lambda: nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.LayerNorm(9), nn.Linear(9, 6)),
     "transformer": lambda: nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, batch_first=True),
-    "shared weights": Twice,
-    "lstm": lambda: FirstOf(nn.LSTM(6, 6, batch_first=True)),
-    "split output": Split,
+    "shared weights": lambda: Network(
+        twice, linear=nn.Linear(6, 6), scale=weight(6), shift=weight(6)
+    ),
+    "lstm": lambda: Network(lambda net, x: net.lstm(x)[0], lstm=nn.LSTM(6, 6, batch_first=True)),
+    "split output": lambda: Network(split, weight=weight(6, 6)),
 }
 
 

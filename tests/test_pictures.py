@@ -21,7 +21,7 @@ from PIL import Image
 
 import pipedream_visual
 from pipedream.backstage.audit import Audit
-from pipedream_simple import CONFIG, Op, UserError, build_schedule, simulate, tick, train
+from pipedream_simple import CONFIG, Op, UserError, build_schedule, simulate, train
 from pipedream_visual import HUES, IDLE, PICTURES, colors, house_style, lifetimes, make_movie, save
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +84,11 @@ def run_of(size, **settings):
     config = {**CONFIG, **SIZES[size], **settings}
     schedule = build_schedule(config)
     events = simulate(schedule, config)
-    return config, schedule, [e._replace(start=tick(e.start), end=tick(e.end)) for e in events]
+    return (
+        config,
+        schedule,
+        [e._replace(start=round(e.start, 9), end=round(e.end, 9)) for e in events],
+    )
 
 
 def waves(size):
@@ -307,6 +311,7 @@ def test_the_drawn_versions_are_their_lifetimes(size):
         (filled,) = collections(axes, VERSIONS[0])
         for fill, (_, version, *_) in zip(filled.get_facecolor(), lives, strict=True):
             assert tuple(fill[:3]) == pytest.approx(colors(Op(0, "B", version, 0))[0])
+        assert all((hollow.get_facecolor() == 1).all() for hollow in collections(axes, VERSIONS[1]))
         for a, b in itertools.combinations(bars[0] + bars[1], 2):  # none lies on another
             assert a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2]
         assert all(bottom <= int(top) + 1 for _, _, top, bottom in bars[0] + bars[1])
@@ -361,15 +366,15 @@ def test_the_names_in_and_beside_the_lanes_are_theirs(size):
     for figure in list(figures(size).values())[:4]:
         for axes in figure.axes:
             if collections(axes, "ops"):
-                names = words(axes.get_yticklabels())
-                assert names == [f"GPU{d}" for d in range(len(names))]
-                assert [int(place) for place in axes.get_yticks()] == list(range(len(names)))
+                names, places = words(axes.get_yticklabels()), axes.get_yticks()
+                assert names == [f"GPU{int(place)}" for place in places]
+                assert [int(place) for place in places] == list(range(len(names)))
                 idle, *_ = axes.collections  # below the ops, in the colour of the legend
                 assert [box[:2] for box in boxes(idle)] == [axes.get_xlim()] * len(names)
                 assert tuple(idle.get_facecolor()[0]) == IDLE.get_facecolor() != (1, 1, 1, 1)
     *_, (axes, *_, events) = panels(size)
     texts = {(t.get_position()[0], int(t.get_position()[1]), t.get_text()) for t in axes.texts}
-    edge = axes.get_xlim()[1]
+    _, edge = axes.get_xlim()
     for (device, version), (start, newer, _) in lifetimes(events).items():
         if newer <= edge and (newer - start) * 20 > edge:
             assert ((start + newer) / 2, device, f"v{version}") in texts

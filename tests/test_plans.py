@@ -137,29 +137,23 @@ def test_an_op_lasts_as_long_as_the_times_say(schedule, recompute, w):
 # -------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize(("stages", "count", "chunks"), [(1, 1, 1), (3, 6, 2), (4, 4, 3)])
-def test_the_librarys_schedules_train_to_the_weights_of_plain_sgd(stages, count, chunks):
-    size = {**sizes(stages, count, 3), "batch_size": 12, "layers_per_stage": 6}
-    for schedule in LIBRARYS:
-        plan, versions = plan_of(schedule, chunks, **size), VersionCount()
-        same_as_recurrence(plan)
-        train_plan(plan, watch=versions)
-        assert {*versions.peak} == {1}
+AGAIN = {"recompute": True, "momentum": 0.9, "learning_rate": 0.02, "layers_per_stage": 2}
 
 
 @pytest.mark.parametrize("schedule", LIBRARYS)
 @pytest.mark.parametrize(
-    "new",
+    ("size", "chunks", "new"),
     [
-        {"momentum": 0.9, "learning_rate": 0.05, "recompute": True},
-        {"network": "transformer", "recompute": True, "momentum": 0.9, "learning_rate": 0.02},
+        *(((1, 1), 1, {}), ((3, 6), 2, {}), ((4, 4), 3, {})),
+        *(((2, 4), 2, AGAIN), ((2, 4), 2, {"network": "transformer", **AGAIN})),
     ],
-    ids=str,
 )
-def test_so_they_do_with_momentum_recompute_and_a_transformer(schedule, new):
-    plan = plan_of(schedule, 2, **sizes(2, 4, 3) | {"batch_size": 12}, layers_per_stage=2, **new)
-    run = same_as_recurrence(plan)
-    once = train_plan(plan._replace(config={**plan.config, "recompute": False}), torch.float64)
+def test_the_librarys_schedules_train_to_the_weights_of_plain_sgd(schedule, size, chunks, new):
+    new = {**sizes(*size, 3), "batch_size": 12, "layers_per_stage": 6, **new}
+    plan, versions = plan_of(schedule, chunks, **new), VersionCount()
+    run, again = same_as_recurrence(plan), {**plan.config, "recompute": False}
+    once = train_plan(plan._replace(config=again), torch.float64, watch=versions)
+    assert {*versions.peak} == {1}
     assert once.losses == run.losses
     assert_close(once.weights, run.weights, tolerance=0)
 
@@ -195,7 +189,7 @@ def test_a_plan_of_the_storys_schedules_is_what_the_story_does():
     switches = [(True, False), (True, True), (False, False)]
     for name, (stashing, sync) in itertools.product(SCHEDULES, switches):
         config = {**SMALL, "schedule": name, "weight_stashing": stashing, "vertical_sync": sync}
-        plan, story = make_plan(config), story_config(config)
+        plan, story = make_plan({**config, "more": 1}), story_config(config)  # of a command
         assert plan.schedule == build_schedule(story)
         assert plan.events == simulate(plan.schedule, story)
         assert plan.config == config
@@ -266,7 +260,3 @@ def test_a_bad_config_from_python_is_a_user_error_of_one_line(config):
     with pytest.raises(UserError) as caught:
         make_plan(config)
     assert "\n" not in str(caught.value)
-
-
-def test_a_key_that_only_a_command_has_is_none_of_a_plans():
-    assert make_plan({**SMALL, "more": 1}) == make_plan(SMALL)

@@ -6,7 +6,7 @@
 Times are simulated; losses, accuracy and bytes are measured.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from pipedream.backstage.output import draw_and_write
 from pipedream.schedules.files import file_of
 from pipedream.schedules.halves import train_plan
 from pipedream.schedules.memory import Bytes, MemoryMeter, memory_formula
-from pipedream.schedules.plans import SUMMARY, Plan, all_plans, summarize
+from pipedream.schedules.plans import Plan, all_plans, format_plans
 
 FLAGS = {"--out DIR": "for the picture"}
 
@@ -34,10 +34,9 @@ LEGEND = """\
 
 def main(config: dict, out: Path = Path()) -> None:
     plans, reasons = all_plans(config)
-    path, naive = out / "schedules.png", plans[0]
+    path, named = out / "schedules.png", {plan.name: plan for plan in plans}
     title = draw_and_write(partial(draw_plans, plans), path, file_of(config))
-    cells = [[plan.name, *summarize(plan, naive)] for plan in plans]
-    print("Simulated:", *simple.format_table([["schedule", *SUMMARY], *cells]), sep="\n")
+    print("Simulated:", *format_plans("schedule", named, named["naive"]), sep="\n")
     print("\nTrained and measured:", *measured_lines(plans), *reasons, sep="\n")
     print(f"\n{path}: {title}")
 
@@ -45,16 +44,13 @@ def main(config: dict, out: Path = Path()) -> None:
 def measured_lines(plans: list[Plan]) -> list[str]:
     """Train on every plan: a table, its legend, and whether memory_formula predicted the memory."""
     table = [["schedule", "loss", "accuracy", "to SGD", "KiB of activations", "KiB in all"]]
-    plain, agree = plain_weights(plans[0].config), list[bool]()
-    for plan in plans:
+    agree: list[bool] = []
+    for plan, error in zip(plans, distances(plans), strict=True):
         meter = MemoryMeter(plan.schedule)
         run = meter.train(plan)
-        cells = f"{run.losses[-1]:.4f}", f"{run.test_accuracy:.1%}", f"{distance(plan, plain):.1e}"
-        activations, in_all = (
-            kib(held.activations for held in meter.peak),
-            kib(map(sum, meter.peak)),
-        )
-        table.append([plan.name, *cells, activations, in_all])
+        cells = f"{run.losses[-1]:.4f}", f"{run.test_accuracy:.1%}", f"{error:.1e}"
+        activations = kib(held.activations for held in meter.peak)
+        table.append([plan.name, *cells, activations, kib(map(sum, meter.peak))])
         if plan.config["network"] == "residual":
             agree += map(Bytes.__eq__, meter.peak, memory_formula(plan))
     again = [simple.RECOMPUTED] * plans[0].config["recompute"]
@@ -66,17 +62,14 @@ def kib(per_gpu: Iterable[int]) -> str:
     return simple.format_per_gpu([f"{num_bytes / 1024:,.0f}" for num_bytes in per_gpu])
 
 
-def plain_weights(config: dict) -> torch.Tensor:
-    """What plain training ends on, whole batch by whole batch, in float64."""
-    alone = {**config, "device": "cpu", "num_microbatches": 1}
-    return parameters_to_vector(plain_training(alone, torch.float64).parameters())
-
-
-def distance(plan: Plan, plain: torch.Tensor) -> float:
-    """The largest difference of a weight from plain training."""
-    on_cpu = plan._replace(config={**plan.config, "device": "cpu"})
-    weights = [w for stage in train_plan(on_cpu, torch.float64).weights for w in stage.values()]
-    return (parameters_to_vector(weights) - plain).abs().max().item()
+def distances(plans: list[Plan]) -> Iterator[float]:
+    """The largest difference of a weight from plain training on whole batches, in float64."""
+    alone = {**plans[0].config, "device": "cpu", "num_microbatches": 1}
+    plain = parameters_to_vector(plain_training(alone, torch.float64).parameters())
+    for plan in plans:
+        on_cpu = plan._replace(config={**plan.config, "device": "cpu"})
+        weights = [w for stage in train_plan(on_cpu, torch.float64).weights for w in stage.values()]
+        yield (parameters_to_vector(weights) - plain).abs().max().item()
 
 
 def draw_plans(plans: list[Plan], visual):

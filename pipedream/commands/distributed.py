@@ -30,6 +30,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pipedream.backstage.audit import Audit, VersionCount, plain_training
+from pipedream.backstage.text import format_loss
 from pipedream.planning.clock import measure_message, measure_stages, microbatch_size, now
 from pipedream.processes.engine import Report, check_engine, difference, gather, run_rank
 from pipedream.processes.launch import become_rank, in_group, launch, say
@@ -43,7 +44,6 @@ from pipedream_simple import (
     build_stages,
     check_value,
     count,
-    format_loss,
     format_per_gpu,
     format_table,
     makespan,

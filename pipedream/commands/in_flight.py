@@ -8,8 +8,8 @@
 import math
 
 from pipedream.backstage.measures import tick
-from pipedream.schedules.plans import SUMMARY, make_plan, summarize
-from pipedream_simple import RECOMPUTED, format_table, makespan
+from pipedream.schedules.plans import format_plans, make_plan
+from pipedream_simple import RECOMPUTED, makespan
 
 LEGEND = """\
    limit: microbatches in flight on GPU0, at most (--in_flight). It falls evenly
@@ -20,15 +20,14 @@ LEGEND = """\
 def main(config: dict) -> None:
     naive = make_plan({**config, "schedule": "naive"})
     for name in ("1f1b", "pipedream"):
-        settings, table, times = {**config, "schedule": name}, [["  limit", *SUMMARY]], {}
+        times, plans = {}, {}
         for limit in limits(config["num_stages"]):
-            plan = make_plan({**settings, "in_flight": limit})
-            mark = "*" if limit == config["num_stages"] else " "
-            table.append([f"{mark} {limit}", *summarize(plan, naive)])
+            plan = make_plan({**config, "schedule": name, "in_flight": limit})
+            plans[f"{'*' if limit == config['num_stages'] else ' '} {limit}"] = plan
             times[limit] = tick(makespan(plan.events))
-        print("\n".join([name, *format_table(table)]))
+        print(name, *format_plans("  limit", plans, naive), sep="\n")
         print(f"   Fastest with a limit of {min(times, key=times.__getitem__)}.\n")
-    print("\n".join([LEGEND, *[RECOMPUTED] * config["recompute"]]))
+    print(LEGEND, *[RECOMPUTED] * config["recompute"], sep="\n")
 
 
 def limits(num_stages: int) -> list[int]:

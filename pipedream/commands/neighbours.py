@@ -96,15 +96,9 @@ def check(config: dict) -> None:
 
 def check_sweep(config: dict, path: Path) -> None:
     """Raise a UserError now, and not after minutes."""
-    for key in (
-        "hidden_size",
-        "batch_size",
-        "optimizer",
-        "network",
-        "num_microbatches",
-        "num_batches",
-    ):
-        if config[key] != KEYS[key]:
+    takes = "gpus", "layers_per_stage", "learning_rate", "timeout"
+    for key, default in KEYS.items():
+        if key not in takes and config[key] != default:
             raise UserError(f"--sweep has its own {key}: leave out --{key}")
     check_output(path)
 

@@ -71,13 +71,10 @@ def page_data(config: dict) -> dict:
 
 def settings(config: dict, plan: Plan) -> str:
     """The sizes of the plan, and the times."""
-    sizes = (
-        count(len(plan.schedule), "GPU"),
-        f"{count(plan.config['num_microbatches'], 'microbatch')} per batch",
-        count(config["num_batches"], "batch"),
-        *(f"{key}={config[key]}" for key in ("forward_time", "backward_time", "comm_time")),
-    )
-    return ", ".join(sizes)
+    in_batch = count(plan.config["num_microbatches"], "microbatch")
+    sizes = count(len(plan.schedule), "GPU"), f"{in_batch} per batch"
+    times = [f"{key}={config[key]}" for key in ("forward_time", "backward_time", "comm_time")]
+    return ", ".join([*sizes, count(config["num_batches"], "batch"), *times])
 
 
 def looks() -> dict[str, tuple[str, str]]:
@@ -89,13 +86,6 @@ def looks() -> dict[str, tuple[str, str]]:
     pairs = [(kind, number) for kind in KINDS for number in range(len(HUES))]
     found = {f"{kind}{number}": colors(Op(0, kind, number, 0)) for kind, number in pairs}
     return {name: (to_hex(fill), ink) for name, (fill, ink) in found.items()}
-
-
-class Numbered(dict):
-    """Texts by number, each kept once."""
-
-    def number(self, text: str) -> int:
-        return self.setdefault(text, len(self))
 
 
 def plan_data(plan: Plan) -> dict:
@@ -110,10 +100,14 @@ def plan_data(plan: Plan) -> dict:
     path    the ops of the critical path
     """
     plan = plan._replace(events=rounded(plan.events))
-    reasons, texts = Reasons(plan), Numbered()
+    reasons, texts = Reasons(plan), dict[str, int]()  # each text once -> its number
+
+    def number(text: str) -> int:
+        return texts.setdefault(text, len(texts))
+
     times = sorted({time for event in plan.events for time in (event.start, event.end)})
-    place = {time: number for number, time in enumerate(times)}
-    number_of = {event: number for number, event in enumerate(plan.events)}
+    place = {time: i for i, time in enumerate(times)}
+    number_of = {event: i for i, event in enumerate(plan.events)}
     held = [zip(memory_held(row), kept_versions(row), strict=True) for row in plan.schedule]
     ops, idle = [], []
     for event, _, needed in dependencies(plan.events):
@@ -121,13 +115,12 @@ def plan_data(plan: Plan) -> dict:
         (in_flight, _), kept = next(held[device])
         what = [device, short_name(event), op.kind, op.microbatch, op.version]
         when = [place[start], place[end], number_of[needed] if needed else -1]
-        why = texts.number(reasons.reads(op))
-        ops.append([*what, *when, why, in_flight, texts.number(kept)])
+        ops.append([*what, *when, number(reasons.reads(op)), in_flight, number(kept)])
     for gap in idle_times(plan.events):
         order, other = reasons.order(gap)
         when = [place[gap.start], place[gap.end]]
         named = [number_of[e] if e else -1 for e in (gap.next, gap.needed, other)]
-        idle.append([gap.device, *when, gap.cause, *named[:2], texts.number(order), named[2]])
+        idle.append([gap.device, *when, gap.cause, *named[:2], number(order), named[2]])
     path = [number_of[event] for event in critical_path(plan.events)]
     names = {"name": plan.name.strip(), "about": about(plan), "gpus": len(plan.schedule)}
     names["busy"] = f"{utilization(plan.events):.1%}"

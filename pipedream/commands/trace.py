@@ -20,11 +20,10 @@ FLAGS = {"FILE": "to write: a name that ends in .json"}
 
 def main(config: dict, file: Path) -> None:
     plan = make_plan(config)
-    content = {"traceEvents": [*trace_events(plan)], "displayTimeUnit": "ms"}
-    text = json.dumps(content, default=float)  # NumPy's numbers, too
+    events = [*trace_events(plan)]
+    text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, default=float)  # NumPy, too
     write(file, lambda path: path.write_text(text, "utf-8"), file_of(config), ".json")
-    events = count(len(content["traceEvents"]), "event")
-    print(f"{file}: {plan.name}, {events}; open it at ui.perfetto.dev")
+    print(f"{file}: {plan.name}, {count(len(events), 'event')}; open it at ui.perfetto.dev")
 
 
 def trace_events(plan: Plan) -> Iterator[dict]:
@@ -47,8 +46,8 @@ def trace_events(plan: Plan) -> Iterator[dict]:
         if op.kind == "U":
             yield {**here, "ph": "i", "s": "p", "name": f"update to v{op.version + 1}"}
             continue
-        name = {"name": str(op), "cat": KINDS[op.kind]}
-        yield {**here, **name, "ph": "X", "dur": 1000 * (end - start)}
+        name, lasts = {"name": str(op), "cat": KINDS[op.kind]}, 1000 * (end - start)
+        yield {**here, **name, "ph": "X", "dur": lasts}
         for step in inputs_of(op, plan.config["num_stages"]):
             if made[step].device != device:
                 yield from arrow(made[step], event, next(sent))

@@ -8,8 +8,9 @@ With --gpu and --time: what that GPU does at that time, and why.
 
 import itertools
 import textwrap
+from collections.abc import Sequence
 
-from pipedream.backstage.measures import CAUSES, idle_times, rounded, short_name
+from pipedream.backstage.measures import CAUSES, Idle, idle_times, rounded, short_name
 from pipedream.backstage.text import shorten
 from pipedream.schedules.plans import Plan, make_plan
 from pipedream.schedules.reasons import critical_path, explain_moment
@@ -51,19 +52,17 @@ def answer(plan: Plan, gpu: int, time: float) -> list[str]:
 
 def format_bubble(plan: Plan, path: list[Event]) -> list[str]:
     """Where the time of each GPU went, and of all together."""
-    over, gaps, gpus = makespan(plan.events), idle_times(plan.events), range(len(plan.schedule))
+    over, gaps = makespan(plan.events), idle_times(plan.events)
     by_cause = ([gap for gap in gaps if gap.cause == cause] for cause in CAUSES)
-    columns = [
-        [sum(one.end - one.start for one in found if one.device == gpu) for gpu in gpus]
-        for found in (plan.events, *by_cause, gaps, path)
-    ]
-    sums = [*map(sum, columns)]
-    parts = [f"{time / (over * len(gpus)):.1%}" for time in sums[:-1]]
-    rows = {f"GPU{gpu}": times for gpu, times in enumerate(zip(*columns, strict=True))}
+    columns: list[Sequence[Event | Idle]] = [plan.events, *by_cause, gaps, path]
+    rows = {
+        f"GPU{gpu}": [sum(e.end - e.start for e in found if e.device == gpu) for found in columns]
+        for gpu in range(len(plan.schedule))
+    }
+    rows["all"] = sums = [sum(column) for column in zip(*rows.values(), strict=True)]
+    parts = [f"{time / (over * len(plan.schedule)):.1%}" for time in sums[:-1]]
     table = [["", "busy", *CAUSES, "idle", "critical"]]
-    table += [
-        [name, *(f"{time:.7g}" for time in times)] for name, times in [*rows.items(), ("all", sums)]
-    ]
+    table += [[name, *(f"{time:.7g}" for time in times)] for name, times in rows.items()]
     *lines, total, percent = format_table([*table, ["", *parts, f"{sums[-1] / over:.1%}"]])
     return [*shorten(lines, 24, "GPUs"), total, percent]
 

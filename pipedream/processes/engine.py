@@ -15,7 +15,7 @@ from pipedream.backstage.audit import leaves_of
 from pipedream.backstage.storages import Storages
 from pipedream.planning.clock import microbatch_size, now
 from pipedream.schedules.plans import Plan
-from pipedream_simple import Op, UserError, Weights, add_momentum, build_stages, make_batches
+from pipedream_simple import Op, UserError, Weights, build_stages, make_batches
 
 T = TypeVar("T")
 
@@ -142,8 +142,9 @@ class VersionedStage(PipelineStage):
         """
         module, step = copy.deepcopy(self.versions[max(self.versions)]), self.gradient
         self.gradient = Weights()
-        if self.plan.config["momentum"]:
-            step = self.velocity = add_momentum(step, self.velocity, self.plan.config["momentum"])
+        if mu := self.plan.config["momentum"]:
+            u = self.velocity
+            step = self.velocity = {name: g + mu * u.get(name, 0) for name, g in step.items()}
         for name, w in module.named_parameters():
             w.sub_(step[name], alpha=self.plan.config["learning_rate"])
         return module

@@ -57,14 +57,12 @@ class MemoryMeter:
         assert isinstance(worker, SplitWorker)
         device = self.device_of[op.stage]
         weights, activations, gradients, velocities = self.alive[device]
-        for version in worker.versions.values():
-            weights.note(version.values())
+        weights.note(w for version in worker.versions.values() for w in version.values())
         gradients.note(worker.gradient.values())
         velocities.note(worker.velocity.values())
         for x, output, _ in worker.in_flight.values():
             activations.note([x] if output is None else [x, output])
-        for _, entries in worker.kept.values():
-            activations.note(arrived for _, arrived, _ in entries)
+        activations.note(arrived for _, kept in worker.kept.values() for _, arrived, _ in kept)
         activations |= self.saved
         activations -= weights  # a Linear saves its weights, too
         self.saved.clear()

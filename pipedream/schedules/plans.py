@@ -90,8 +90,8 @@ def batch_lister(config: dict) -> tuple[Callable[..., Iterable[simple.Step]], bo
 def in_stages(config: dict, rows: list[list[simple.Step]]) -> dict:
     """config for the stages in these rows, instead of GPUs: the same network, cut finer."""
     host = {stage: device for device, row in enumerate(rows) for stage, _, _ in row}
-    hosts, num_stages = [host[stage] for stage in sorted(host)], len(host)
-    on_device = Counter(hosts)
+    hosts = [host[stage] for stage in sorted(host)]
+    num_stages, on_device = len(hosts), Counter(hosts)
     if hosts == [*range(num_stages)]:  # one on each GPU, in order
         return config
     num_layers = config["num_stages"] * config["layers_per_stage"]
@@ -202,14 +202,13 @@ def all_plans(config: dict) -> tuple[list[Plan], list[str]]:
     return [*plans, *([make_plan(config)] if file_of(config) else [])], reasons
 
 
-SUMMARY = ["time", "speed-up", "busy", "in flight", "versions", "stale"]
-
-
-def summarize(plan: Plan, naive: Plan) -> list[str]:
-    """Cells of a table: speed-up over naive; the last three per GPU, each at its peak."""
-    time, busy = simple.makespan(plan.events), simple.utilization(plan.events)
-    stale = staleness(plan.schedule, plan.config["num_microbatches"])
-    per_gpu = peak_in_flight(plan.schedule), peak_versions(plan.schedule), stale
-    speed_up = simple.makespan(naive.events) / time
-    cells = [f"{time:.7g}", f"{speed_up:.2f}x", f"{busy:.1%}"]
-    return [*cells, *map(simple.format_per_gpu, per_gpu)]
+def format_plans(heading: str, plans: dict[str, Plan], naive: Plan) -> list[str]:
+    """A table, one line per plan: speed-up over naive; the last three per GPU, at their peaks."""
+    table = [[heading, "time", "speed-up", "busy", "in flight", "versions", "stale"]]
+    for name, (_, config, schedule, events) in plans.items():
+        time, busy = simple.makespan(events), simple.utilization(events)
+        cells = [f"{time:.7g}", f"{simple.makespan(naive.events) / time:.2f}x", f"{busy:.1%}"]
+        stale = staleness(schedule, config["num_microbatches"])
+        per_gpu = peak_in_flight(schedule), peak_versions(schedule), stale
+        table.append([name, *cells, *map(simple.format_per_gpu, per_gpu)])
+    return simple.format_table(table)

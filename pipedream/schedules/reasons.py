@@ -11,8 +11,7 @@ def critical_path(events: list[Event]) -> list[Event]:
     """A chain of ops that sets the makespan: none of them could have started any earlier.
 
     Each starts when the previous one has ended, on the same GPU, or when its result arrives. There
-    may be several such chains. The events' times are rounded, so that ops that follow each other
-    meet.
+    may be several such chains. Times must be rounded, so that ops that follow each other meet.
     """
     before = {event: (previous, needed) for event, previous, needed in dependencies(events)}
     event: Event | None = max(events, key=lambda event: event.end)
