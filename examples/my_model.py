@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 examples/my_model.py
 
 import os
 import sys
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ def my_batches():
 def main():
     if "RANK" not in os.environ:
         sys.exit("start it as: torchrun --nproc-per-node 2 examples/my_model.py")
+    if "return_outputs" not in signature(Schedule1F1B.step).parameters:
+        sys.exit(f"torch {torch.__version__} is too old for this file, which needs 2.10 or newer")
     gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     dist.init_process_group("nccl" if gpu else "gloo")

@@ -25,7 +25,7 @@ CONFIGS = {
     "default": {},
     "two": {"num_stages": 2, "num_microbatches": 2, "comm_time": 0.5, "backward_time": 2},
     "M = 1": {"num_microbatches": 1, "num_batches": 8},
-    "tenths": {"num_stages": 3, "num_microbatches": 4, "forward_time": [0.1, 0.2, 1]},
+    "tenths": {"num_stages": 2, "forward_time": [0.1, 0.7]},
 }
 
 

@@ -69,7 +69,7 @@ def feeds(plan):
         steps = [(stage - 1, "F", m)] if kind == "F" else []
         if kind in "BI":
             steps = [(stage + 1, half, m) for half in "BI"] if stage < last else [(stage, "F", m)]
-        found |= {op: ops[step] for step in steps if step in ops}
+        found.update((op, ops[step]) for step in steps if step in ops)
     return found
 
 

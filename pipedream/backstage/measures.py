@@ -70,6 +70,7 @@ def dependencies(events: list[Event]) -> Iterator[tuple[Event, Event | None, Eve
 def idle_times(events: list[Event]) -> list[Idle]:
     """When was a GPU idle, and why? Sorted by start; together they are the bubble.
 
+    >>> from pipedream_simple import CONFIG, build_schedule, simulate
     >>> config = {**CONFIG, "num_stages": 2, "num_microbatches": 1, "num_batches": 1}
     >>> for idle in idle_times(simulate(build_schedule(config), config)):
     ...     print(f"t{idle.start}: {idle}")

@@ -1,6 +1,7 @@
 """How a row runs in a process, on PyTorch's engine. A rank is the number of a process."""
 
 import copy
+from inspect import signature
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -188,17 +189,21 @@ def given_pins(plan: Plan) -> dict[int, int]:
 
 
 def engine_fits() -> bool:
-    """Has this PyTorch what make_engine needs? Torch 2.9 has the names, but fails on gloo."""
-    names = {"_Action", "_add_send_recv", "_prepare_schedule_with_comms"}
-    has_names = names <= {*dir(engines), *dir(getattr(engines, "_PipelineScheduleRuntime", None))}
-    return has_names and torch.__version__ >= "2.13"  # a TorchVersion: "2.9" < "2.13"
+    """Has this PyTorch what make_engine needs? Torch 2.12 is the oldest that has.
+
+    Before 2.10 (no return_outputs) a step fails. Before 2.12 (no get_mesh) a stage holds on to the
+    graphs of what it has sent, and so to every weight version.
+    """
+    runtime = getattr(engines, "_PipelineScheduleRuntime", None)
+    names = {"_Action", "_add_send_recv", "_prepare_schedule_with_comms"} - {*dir(engines)}
+    return names <= {*dir(runtime)} and "get_mesh" in signature(PipelineStage).parameters
 
 
 def check_engine() -> None:
     """Raise a UserError unless this PyTorch has what make_engine needs."""
     if not engine_fits():
-        what = f"torch {torch.__version__} does not run a schedule given as data as torch 2.13 does"
-        raise UserError(f"{what}: this needs 2.13, or a newer one with the same private names")
+        what = f"torch {torch.__version__} does not run a schedule given as data as torch 2.12 does"
+        raise UserError(f"{what}: this needs 2.12, or a newer one with the same private names")
 
 
 def make_engine(plan: Plan, stages: list[VersionedStage]):
