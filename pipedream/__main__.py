@@ -80,7 +80,7 @@ def run(command, argv: list[str]) -> None:
     from pipedream.schedules.plans import PLAN_CONFIG, settle
 
     defaults = {**PLAN_CONFIG, **getattr(command, "DEFAULTS", {})}
-    takes = getattr(command, "TAKES", defaults)
+    takes = command.TAKES.split() if hasattr(command, "TAKES") else defaults
     own = getattr(command, "KEYS", None)  # a config of its own, which its main checks
     config, flags = parse(command, own or {key: defaults[key] for key in takes}, argv)
     if not own:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipedream.commands.distributed import message_beside_work, one_process, simulated_time
+from pipedream.commands.distributed import message_beside_work, time_plain_training, simulated_time
 from pipedream.planning.clock import measure_stages, microbatch_size
 from pipedream.processes.engine import gather, run_rank
 from pipedream.schedules.plans import PLAN_CONFIG, make_plan
@@ -42,8 +42,8 @@ def time_alone(config: dict) -> dict[int, float]:
     taken = {}
     for threads in (2, 1):
         torch.set_num_threads(threads)
-        one_process(config)  # warms up
-        taken[threads] = 1000 * one_process(config) / config["num_batches"]
+        time_plain_training(config)  # warms up
+        taken[threads] = 1000 * time_plain_training(config) / config["num_batches"]
     return taken
 
 

@@ -377,7 +377,8 @@ def of_program():
     assert '"atol": 1e-12' in (ROOT / "tests" / "test_training.py").read_text()
     yield "float64", ["1e-12", "1", "12"]
     assert "2.12" in inspect.getsource(engine.check_engine)
-    yield "PyTorch", ["2.12"]
+    assert "2.10" in (ROOT / "examples" / "my_model.py").read_text()
+    yield "PyTorch", ["2.12", "2.10"]
     lines = [50 * round(text.count("\n") / 50) for text in (STORY, SOURCE)]
     yield "the story ends here", lines
     at = {str(event.op): event.start for event in run_of()}

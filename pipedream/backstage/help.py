@@ -49,7 +49,8 @@ def help_of(name: str) -> str:
     for key, default in literal(source, "DEFAULTS", {}).items():
         value = repr(default).replace("'", '"')
         keys[key] = re.sub(r": .*?,(?=  #|$)", f": {value},", keys[key], count=1)
-    shown = [line for key, line in keys.items() if key in literal(source, "TAKES", keys)]
+    takes = literal(source, "TAKES", " ".join(keys)).split()
+    shown = [line for key, line in keys.items() if key in takes]
     width = 2 + max(map(len, flags), default=0)
     parts = [docstring(source), "\n".join(f"    {f:<{width}}{flags[f]}" for f in flags)]
     parts += ["Each of these keys is also a flag:", "\n".join(shown)] if shown else []

@@ -49,8 +49,8 @@ def measured_lines(plans: list[Plan]) -> list[str]:
         meter = MemoryMeter(plan.schedule)
         run = meter.train(plan)
         cells = f"{run.losses[-1]:.4f}", f"{run.test_accuracy:.1%}", f"{error:.1e}"
-        activations = kib(held.activations for held in meter.peak)
-        table.append([plan.name, *cells, activations, kib(map(sum, meter.peak))])
+        activations = in_kib(held.activations for held in meter.peak)
+        table.append([plan.name, *cells, activations, in_kib(map(sum, meter.peak))])
         if plan.config["network"] == "residual":
             agree += map(Bytes.__eq__, meter.peak, memory_formula(plan))
     again = [simple.RECOMPUTED] * plans[0].config["recompute"]
@@ -58,7 +58,7 @@ def measured_lines(plans: list[Plan]) -> list[str]:
     return [*simple.format_table(table), LEGEND, *again, *([formula] if agree else [])]
 
 
-def kib(per_gpu: Iterable[int]) -> str:
+def in_kib(per_gpu: Iterable[int]) -> str:
     return simple.format_per_gpu([f"{num_bytes / 1024:,.0f}" for num_bytes in per_gpu])
 
 

@@ -218,7 +218,7 @@ def compare_weights(real, alone: list[Weights], config: dict) -> tuple[list[floa
 # -------------------------------------------------------------------------------------- clock
 
 
-def one_process(config: dict) -> float:
+def time_plain_training(config: dict) -> float:
     """Seconds of plain training on the same batches, from the first forward on: no pipeline."""
     device, started = torch.device(config["device"]), list[float]()
 
@@ -253,7 +253,7 @@ def format_clock(
     num_batches, num_ranks = plan.config["num_batches"], len(reports)
     runs = [max(took) for took in zip(*(report.seconds for report in reports), strict=True)][1:]
     config = {**plan.config, "device": str(device)}
-    plain = [one_process(config) for _ in range(len(runs) + 1)][1:]  # the first warms up
+    plain = [time_plain_training(config) for _ in range(len(runs) + 1)][1:]  # the first warms up
     times = measure_stages(config)
     simulated = simulated_time(plan, times, message)
     forward, backward, update = map(sum, times.values())

@@ -25,7 +25,7 @@ from pipedream.schedules.halves import train_plan
 from pipedream.schedules.plans import PLAN_CONFIG, Plan, make_plan
 from pipedream_simple import Op, Step, count, format_per_gpu, format_table, inputs_of, simulate
 
-TAKES = ()
+TAKES = ""
 
 # --------------------------------------------------------------------------------------- ours
 

@@ -32,7 +32,7 @@ FLAGS = {
     "--straight": "one GPU per stage",
     "--memory BYTES": "of each GPU",
 }
-TAKES = ()
+TAKES = ""
 
 TIMES = ["computing", "all-reduce", "transfer"]
 LEGEND = """\

@@ -20,23 +20,9 @@ from pipedream.schedules.plans import Plan, all_plans, times_of
 
 FLAGS = {"[FILE]": "my.csv: what the layers cost"}
 TAKES = (
-    "num_stages",
-    "num_microbatches",
-    "layers_per_stage",
-    "hidden_size",
-    "batch_size",
-    "num_batches",
-    "learning_rate",
-    "momentum",
-    "seed",
-    "device",
-    "network",
-    "weight_stashing",
-    "vertical_sync",
-    "recompute",
-    "chunks_per_gpu",
-    "in_flight",
-    "weight_gradient_time",
+    "num_stages num_microbatches layers_per_stage hidden_size batch_size num_batches "
+    "learning_rate momentum seed device network weight_stashing vertical_sync recompute "
+    "chunks_per_gpu in_flight weight_gradient_time"
 )
 DEFAULTS = {"network": "transformer"}
 

@@ -21,7 +21,7 @@ from pipedream.staleness.tuning import WINDOW, spread
 from pipedream_simple import count, format_table, train
 
 FLAGS = {"--out DIR": "for the picture"}
-TAKES = ("batch_size", "num_batches", "seed", "device", "network")
+TAKES = "batch_size num_batches seed device network"
 DEFAULTS = {"num_batches": 400, "num_microbatches": 1}
 
 SIZES = "num_stages", "layers_per_stage", "hidden_size"

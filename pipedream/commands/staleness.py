@@ -20,16 +20,7 @@ from pipedream.staleness.delays import OPTIMIZERS, REMEDIES, Training, applies, 
 from pipedream_simple import check_value, format_table
 
 FLAGS = {"--quick": "without the remedies, and with fewer seeds", "--out DIR": "for the picture"}
-TAKES = (
-    "num_stages",
-    "layers_per_stage",
-    "hidden_size",
-    "batch_size",
-    "num_batches",
-    "seed",
-    "device",
-    "network",
-)
+TAKES = "num_stages layers_per_stage hidden_size batch_size num_batches seed device network"
 DEFAULTS = {
     "num_stages": 8,
     "num_microbatches": 1,

@@ -17,25 +17,13 @@ from pipedream.planning.replicas import differences, train_replicated
 
 FLAGS = {"PLAN": "GPUs of each stage: 2-1-1"}
 TAKES = (
-    "num_microbatches",
-    "layers_per_stage",
-    "hidden_size",
-    "batch_size",
-    "num_batches",
-    "learning_rate",
-    "momentum",
-    "seed",
-    "device",
-    "network",
-    "weight_stashing",
-    "vertical_sync",
-    "recompute",
-    "forward_time",
-    "backward_time",
-    "comm_time",
-    "verbose",
+    "num_microbatches layers_per_stage hidden_size batch_size num_batches learning_rate "
+    "momentum seed device network weight_stashing vertical_sync recompute forward_time "
+    "backward_time comm_time verbose"
 )
-KEYS = {key: simple.CONFIG[key] for key in TAKES}  # times may be lists: one per stage of the plan
+KEYS = {
+    key: simple.CONFIG[key] for key in TAKES.split()
+}  # times may be lists: one per stage of the plan
 
 
 def main(config: dict, plan: str) -> None:
