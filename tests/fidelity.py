@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipedream.commands.distributed import message_beside_work, time_plain_training, simulated_time
+from pipedream.commands.distributed import message_beside_work, simulated_time, time_plain_training
 from pipedream.planning.clock import measure_stages, microbatch_size
 from pipedream.processes.engine import gather, run_rank
 from pipedream.schedules.plans import PLAN_CONFIG, make_plan

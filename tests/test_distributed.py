@@ -29,9 +29,9 @@ from pipedream.commands import distributed
 from pipedream.commands.distributed import (
     format_clock,
     num_cores,
-    time_plain_training,
     place,
     prove,
+    time_plain_training,
 )
 from pipedream.processes import engine, launch
 from pipedream.processes.engine import Recomputed, Report, difference
