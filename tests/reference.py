@@ -58,3 +58,10 @@ def delayed_sgd(config, delay_of_stage):
             ]
         )
     return losses, history[-1]
+
+
+def mismatches(schedule):
+    """The backwards that read another weight version than their forward did. Stashing: none."""
+    ops = [op for row in schedule for op in row]
+    read = {op[:3]: op.version for op in ops}
+    return [op for op in ops if op.kind == "B" and op.version != read[op.stage, "F", op.microbatch]]

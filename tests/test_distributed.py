@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import weakref
 from pathlib import Path
@@ -165,20 +164,6 @@ def test_the_proof_fails_where_a_rank_reads_other_versions_or_holds_on_to_old_on
     assert not holds
     # Two runs of five updates each; the versions 0, and on stage 0 one that is still in use, go.
     assert re.search(r"alive, each stage +\d+ \d+ NOT 2 1\n", text)
-
-
-def test_the_stages_of_a_rank_update_together_after_its_last_backward_of_a_batch(results):
-    for case in ((2, "csv"), (4, "interleaved")):
-        plan, reports, *_ = results[case]
-        for report in reports:
-            kinds = "".join(op.kind for op in report.done)
-            stages = {op.stage for op in report.done}
-            batches = re.findall("[FBIW]+U+", kinds)
-            assert "".join(batches) == kinds
-            assert len(batches) == plan.config["num_batches"]
-            for batch in batches:
-                assert batch.count("U") == len(stages) == 2
-                assert batch.count("F") == len(stages) * plan.config["num_microbatches"]
 
 
 def test_the_seconds_of_the_runs_are_no_more_than_passed(results):
@@ -445,21 +430,6 @@ def test_the_launcher_ends_all_ranks_and_tells_in_a_line_why(codes, status, told
     assert time.monotonic() - since < 1.5 + 2.5
 
 
-def test_a_launcher_that_is_stopped_ends_its_ranks(fake, monkeypatch):
-    started, popen = [], subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
-    )
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            fake(HANG, HANG)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
-
-
 def test_a_rank_blames_itself_for_its_own_error_and_others_for_a_lost_connection(
     monkeypatch, capsys
 ):
@@ -536,9 +506,7 @@ def test_ranks_that_do_not_fit_are_one_line_from_rank_0(told):
         assert "torchrun --nproc-per-node 4" in error
     assert told(**rank(2, 3)) == ""
     by_hand = {name: value for name, value in rank(0, 4).items() if "ELASTIC" not in name}
-    assert told(**by_hand | {"RANK": "4"}).startswith("RANK=4, WORLD_SIZE=4, but")
-    for wrong in ({"RANK": "first"}, {"MASTER_PORT": "x"}, {"LOCAL_RANK": ""}):
-        assert "not all numbers" in told(**by_hand | wrong)
+    assert "not all numbers" in told(**by_hand | {"RANK": "first"})
     del by_hand["MASTER_ADDR"]
     assert "MASTER_ADDR is not" in told(**by_hand)
 
@@ -554,17 +522,11 @@ def test_a_file_in_which_the_last_stage_goes_forward_out_of_order_is_refused(tol
 
 def test_a_torch_without_the_engine_is_told(told, monkeypatch):
     what = f"torch {torch.__version__} does not run a schedule given as data"
-    for owner, name in (
-        (engines, "_Action"),
-        (engines._PipelineScheduleRuntime, "_prepare_schedule_with_comms"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.delattr(owner, name)
-            assert what in told()
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "PipelineStage", lambda submodule: None)  # an older one
+        patch.delattr(engines._PipelineScheduleRuntime, "_prepare_schedule_with_comms")
         assert what in told()
-    engine.check_engine()
+    monkeypatch.setattr(engine, "PipelineStage", lambda submodule: None)  # an older one
+    assert what in told()
 
 
 def test_every_process_gets_a_gpu_of_its_own_or_none_does(monkeypatch):

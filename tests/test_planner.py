@@ -340,7 +340,6 @@ CSV = ",".join(COLUMNS[:-1])
 BAD = {  # what the one line must name -> text of the profile
     "cycle": row("n 1 1 4 4 | n 1 1 4 4 | n 1 1 4 4", (3, 2)),
     "node2": row("n 1 1 4 4", (1, 2)),
-    "node1": row("n 1 1 4 4") + "\n" + row("n 1 1 4 4"),
     "no layers": row("Input 1 1 4 4"),
     "no layer takes any time": row("n 0 0 4 4"),
     "forward_compute_time=-1": row("n -1 1 4 4"),
@@ -348,13 +347,11 @@ BAD = {  # what the one line must name -> text of the profile
     "line 1, is 'layer,forward_ms': a CSV file's is layer": "layer,forward_ms\na,1",
 }
 REFUSED = {  # and flags
-    "gpus=1.5": ("--gpus", 1.5, "--bandwidth", 1e9),
     "gpus has 2 levels, bandwidth 1": ("--gpus", 4, 2, "--bandwidth", 1e9),
     "bandwidth=inf": ("--gpus", 4, "--bandwidth", "1e999"),
     "--bandwidth": ("--gpus", 4),
     "40 layers cannot be cut into 41": ("--gpus", 41, "--bandwidth", 1e9, "--straight"),
     "must keep more than 0.1 GB": (*ALL, "--memory", 1e8),
-    "memory=0": (*ALL, "--memory", 0),
 }
 
 

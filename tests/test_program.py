@@ -106,13 +106,16 @@ def test_quiet_is_short_and_keeps_losses_measures_and_comparison(program):
 
 
 @pytest.mark.parametrize("flags", [
-    "", "--num_stages 8", "--num_stages 2 --num_microbatches 2", "--weight_stashing False",
+    "--num_stages 8", "--num_stages 2 --num_microbatches 2", "--weight_stashing False",
     "--schedule naive --forward_time 1,2.5,1,1", "--num_microbatches 1 --num_batches 20",
-    "--num_stages 16 --num_microbatches 8 --verbose False", "--num_stages 1", "--recompute True",
+    "--num_stages 16 --num_microbatches 8 --verbose False", "--recompute True",
+    "--num_stages 8 --num_microbatches 2", "--schedule naive --weight_stashing False",
+    "--num_stages 1 --num_microbatches 1 --num_batches 1 --layers_per_stage 1 --batch_size 1",
 ])  # fmt: skip
-def test_everything_fits_an_80_column_terminal(program, flags):
-    status, out, _ = program(flags)
-    assert status == 0
+def test_small_and_large_configs_work_and_fit_an_80_column_terminal(program, flags):
+    status, out, err = program(flags)
+    assert (status, err) == (0, "")
+    assert "Test accuracy" in out
     assert [line for line in out.splitlines() if len(line) > 80] == []
 
 
@@ -258,17 +261,6 @@ def test_values_are_read_as_python_reads_them():
         assert parse_value(text) == text
 
 
-@pytest.mark.parametrize("flags", [
-    "--num_stages 1", "--num_microbatches 1", "--num_stages 8 --num_microbatches 2",
-    "--num_batches 1", "--schedule naive --weight_stashing False",
-    "--num_stages 1 --num_microbatches 1 --num_batches 1 --layers_per_stage 1 --batch_size 1",
-])  # fmt: skip
-def test_small_configs_all_work(program, flags):
-    status, out, err = program(flags)
-    assert (status, err) == (0, "")
-    assert "Test accuracy" in out
-
-
 def test_with_recompute_a_backward_shows_the_time_of_its_forward_too(program):
     out, plain = program("--recompute True --schedule gpipe").out, program("--schedule gpipe").out
     assert "Makespan: 105 time units (naive, one microbatch at a time: 240)" in out  # 5 x 7 x 3
@@ -287,16 +279,11 @@ def test_with_recompute_a_backward_shows_the_time_of_its_forward_too(program):
 WHOLE, TIME = "must be a whole number from 1 to 1e+06", "must be a number, or one per stage, from"
 BAD_FLAGS = {
     "--num_stages 0": f"num_stages=0 {WHOLE}",
-    "--num_stages -1": f"num_stages=-1 {WHOLE}",
-    "--num_stages x": f"num_stages='x' {WHOLE}",
     "--num_stages 2.5": f"num_stages=2.5 {WHOLE}",
-    "--num_stages True": f"num_stages=True {WHOLE}",
     "--num_stages": "--num_stages: expected one argument",
     "--num_stagez 4": "--num_stagez",
     "stray": "unrecognized arguments: stray",
     "--num_microbatches 5": "batch_size=32 cannot be split evenly into num_microbatches=5: try 1,",
-    "--batch_size 1": "batch_size=1 cannot be split evenly into num_microbatches=4: try 1",
-    "--hidden_size 1e3": f"hidden_size=1000.0 {WHOLE}",
     "--seed -1": "seed=-1 must be a whole number from 0 to",
     "--learning_rate 0": "learning_rate=0 must be a number from 1e-30 to 1e+30",
     "--learning_rate nan": "learning_rate='nan' must be",
@@ -310,8 +297,8 @@ BAD_FLAGS = {
     "--vertical_sync True --weight_stashing False": "vertical_sync=True needs weight_stashing=True",
     "--forward_time 0": f"forward_time=0 {TIME} 1e-06",
     "--forward_time 1,2": "forward_time=[1, 2] must have num_stages=4 entries",
+    "--comm_time 1,2": "comm_time=[1, 2] must have num_stages=4 entries",
     "--forward_time 1,2,x,4": f"forward_time='1,2,x,4' {TIME}",
-    "--backward_time inf": f"backward_time='inf' {TIME}",
     "--comm_time -1": f"comm_time=-1 {TIME} 0",
     "--num_batches 100000": "num_stages * num_microbatches * num_batches is 1,600,000: at most",
 }
@@ -341,15 +328,6 @@ def test_bad_configs_are_refused_from_python_too():
                 call({**CONFIG, **settings})
     with pytest.raises(UserError, match="forward_time"):
         simulate(build_schedule(CONFIG), {**CONFIG, "forward_time": -5})
-
-
-@pytest.mark.parametrize("schedule", ["gpipe", "pipedream"])
-def test_every_time_may_be_a_list(schedule):
-    config = {**CONFIG, "schedule": schedule}
-    lists = {key: [config[key]] * 4 for key in ("forward_time", "backward_time", "comm_time")}
-    check_config({**config, **lists})
-    rows = build_schedule(config)
-    assert makespan(simulate(rows, {**config, **lists})) == makespan(simulate(rows, config))
 
 
 def test_alone_in_a_folder_it_runs_and_its_config_is_checked(tmp_path):
@@ -415,13 +393,6 @@ def test_a_reader_that_has_seen_enough_and_a_full_disk(redirection, status, line
     command = f"set -o pipefail; '{sys.executable}' '{SCRIPT}' --num_stages 16 {redirection}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120)
     assert (done.returncode, done.stderr.count(b"\n")) == (status, lines), done.stderr
-
-
-def test_it_runs_from_anywhere_and_through_a_link(tmp_path):
-    link = tmp_path / "link.py"
-    link.symlink_to(SCRIPT)
-    done = start("--verbose", "False", script=link, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

@@ -4,11 +4,9 @@ Every section is a function that runs the program and returns text. The tests ru
 take seconds, and compare with what the file says.
 """
 
-import contextlib
 import datetime
 import functools
 import importlib.metadata
-import io
 import math
 import os
 import platform
@@ -23,12 +21,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import benchmark  # noqa: E402
-from reference import delayed_sgd  # noqa: E402
+from reference import delayed_sgd, mismatches  # noqa: E402
 
 import pipedream_simple as pipe  # noqa: E402
 from pipedream.backstage.audit import Audit, VersionCount  # noqa: E402
-from pipedream.backstage.measures import mismatches, peak_in_flight, staleness  # noqa: E402
+from pipedream.backstage.measures import peak_in_flight, staleness  # noqa: E402
 from pipedream.schedules.plans import schedule_name, variants  # noqa: E402
 
 CPU, DEVICE = {**pipe.CONFIG, "device": "cpu"}, ("--device", "cpu")
@@ -270,10 +267,7 @@ def speed() -> str:
 
     `python tests/benchmark.py` on the machine named above; ratios are of runs that took turns.
     """
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        benchmark.main()
-    return fenced(out.getvalue().strip())
+    return fenced(printed("tests/benchmark.py").strip())
 
 
 def loss_against_time() -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pipedream_simple import Event, Op, Schedule, Step, inputs_of, makespan, memory_held, result_of
+from pipedream_simple import Event, Schedule, Step, inputs_of, makespan, memory_held, result_of
 
 from .text import clock
 
@@ -105,10 +105,3 @@ def staleness(schedule: Schedule, num_microbatches: int) -> list[int]:
     """Per device, the most updates that a forward misses: plain SGD reads version b for batch b."""
     forwards = [[op for op in row if op.kind == "F"] for row in schedule]
     return [max(op.microbatch // num_microbatches - op.version for op in row) for row in forwards]
-
-
-def mismatches(schedule: Schedule) -> list[Op]:
-    """The backwards that read another weight version than their forward did. Stashing: none."""
-    ops = [op for row in schedule for op in row]
-    read = {op[:3]: op.version for op in ops}
-    return [op for op in ops if op.kind == "B" and op.version != read[op.stage, "F", op.microbatch]]

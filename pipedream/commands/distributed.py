@@ -29,6 +29,7 @@ import sys
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+import pipedream_simple as simple
 from pipedream.backstage.audit import Audit, VersionCount, plain_training
 from pipedream.backstage.text import format_loss
 from pipedream.planning.clock import measure_message, measure_stages, microbatch_size, now
@@ -36,19 +37,7 @@ from pipedream.processes.engine import Report, check_engine, difference, gather,
 from pipedream.processes.launch import become_rank, in_group, launch, say
 from pipedream.schedules.halves import train_plan
 from pipedream.schedules.plans import Plan, make_plan, schedule_name, times_of
-from pipedream_simple import (
-    Op,
-    UserError,
-    Weights,
-    Worker,
-    build_stages,
-    check_value,
-    count,
-    format_per_gpu,
-    format_table,
-    makespan,
-    simulate,
-)
+from pipedream_simple import UserError, build_stages, count, format_per_gpu, format_table
 
 FLAGS = {
     "--timeout S": "seconds until the run ends when a process has died, hangs or is stopped (60)",
@@ -57,8 +46,8 @@ FLAGS = {
 
 
 def main(config: dict, timeout: float = 60, repeats: int = 3) -> None:
-    check_value("timeout", timeout, (float, 1, 86_400))
-    check_value("repeats", repeats, (int, 1, 1_000))
+    simple.check_value("timeout", timeout, (float, 1, 86_400))
+    simple.check_value("repeats", repeats, (int, 1, 1_000))
     plan, is_rank = checked_plan(config), "RANK" in os.environ
     local_rank, here = told_by_torchrun(plan) if is_rank else (0, len(plan.schedule))
     device = place(config["device"], local_rank, here)
@@ -132,8 +121,7 @@ def run_process(plan: Plan, device: torch.device, timeout: float, repeats: int) 
         messages.append(message_beside_work(plan, device))
         return gather(run_rank(plan, device, num_runs=1 + repeats))
 
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    reports = in_group(work, backend, timeout)
+    reports = in_group(work, "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout)
     return not reports or print_results(reports, plan, device, *messages)  # rank 0 has them
 
 
@@ -156,11 +144,9 @@ Schedule: {plan.name} ({keeps})
 def print_results(reports: list[Report], plan: Plan, device: torch.device, message: float) -> bool:
     """Print what came out; does the proof hold?"""
     losses = [loss for report in reports for loss in report.losses]
-    some, last = math.ceil(len(losses) / 20), len(losses) - 1
     print(f"Training results ({count(len(losses), 'batch')}):")
-    for batch in range(len(losses)):
-        if batch % some == 0 or batch == last:
-            print(f"- {format_loss(batch, losses)}")
+    for batch in sorted({*range(0, len(losses), math.ceil(len(losses) / 20)), len(losses) - 1}):
+        print(f"- {format_loss(batch, losses)}")
     holds, proof = prove(reports, plan, device)
     print(f"\n{proof}\n", flush=True)
     print(f"📊 REAL AND SIMULATED TIME\n{format_clock(reports, plan, device, message)}", flush=True)
@@ -175,7 +161,7 @@ def prove(reports: list[Report], plan: Plan, device: torch.device) -> tuple[bool
     config = {**plan.config, "device": str(device)}
     audit, versions = Audit(config), VersionCount()  # the tensors tell, as in VersionedStage
 
-    def watch(op: Op, worker: Worker) -> None:
+    def watch(op: simple.Op, worker: simple.Worker) -> None:
         audit(op, worker)
         versions(op, worker)
 
@@ -188,7 +174,10 @@ def prove(reports: list[Report], plan: Plan, device: torch.device) -> tuple[bool
     of_stage = dict(item for report in reports for item in report.stages.items())
     weights, peaks = zip(*(of_stage[stage] for stage in sorted(of_stage)), strict=True)
     same_peaks = [*peaks] == versions.peak
-    off, close = compare_weights(weights, alone.weights, config)
+    at_start = [stage.state_dict() for stage in build_stages(config)]
+    off, moved = ([*map(difference, ws, alone.weights)] for ws in (weights, at_start))
+    # Rounding may be up to a thousandth of the way that training moved the weights of a stage.
+    close = all(d == 0 or d <= 1e-3 * far for d, far in zip(off, moved, strict=True))
     losses = [loss for report in reports for loss in report.losses]
     off_loss = difference(*({"": torch.tensor(each)} for each in (losses, alone.losses)))
     holds = all(in_order) and all(same_version) and same_peaks and close and off_loss < 1e-4
@@ -203,16 +192,6 @@ def prove(reports: list[Report], plan: Plan, device: torch.device) -> tuple[bool
         ["largest difference of a weight, each stage", format_per_gpu([f"{d:.1g}" for d in off])],
     ]
     return holds, "\n".join([verdict, *format_table(table, "   ")])
-
-
-def compare_weights(real, alone: list[Weights], config: dict) -> tuple[list[float], bool]:
-    """The largest difference, per stage; is it at most rounding?
-
-    That may be up to a thousandth of the distance that training moved the weights of the stage.
-    """
-    at_start = [stage.state_dict() for stage in build_stages(config)]
-    off, moved = [*map(difference, real, alone)], map(difference, at_start, alone)
-    return off, all(d == 0 or d <= 1e-3 * far for d, far in zip(off, moved, strict=True))
 
 
 # -------------------------------------------------------------------------------------- clock
@@ -234,7 +213,8 @@ def time_plain_training(config: dict) -> float:
 def simulated_time(plan: Plan, times: dict[str, list[float]], message: float) -> float:
     """The time of a batch, when the ops of each stage and a message between ranks take so long."""
     config = {**plan.config, **times, "comm_time": message, "weight_gradient_time": 0}  # 0: half
-    return makespan(simulate(plan.schedule, config, times_of(config))) / config["num_batches"]
+    events = simple.simulate(plan.schedule, config, times_of(config))
+    return simple.makespan(events) / config["num_batches"]
 
 
 def message_beside_work(plan: Plan, device: torch.device) -> float:

@@ -45,6 +45,7 @@ KEYS = {
     "learning_rate": 0.003,  # of the optimizer
     "timeout": 60,  # seconds until the run ends when a process has died, hangs or is stopped
 }
+SWEEP_TAKES = "gpus", "layers_per_stage", "learning_rate", "timeout"
 FLAGS = {"--sweep": "draw neighbours.png", "--out DIR": "folder for it (default: .)"}
 
 
@@ -52,7 +53,10 @@ def main(config: dict, sweep: bool = False, out: Path | None = None) -> None:
     config, path = ways.full_config(config), Path(out or ".") / "neighbours.png"
     check(config)
     if sweep:
-        check_sweep(config, path)
+        for key, default in KEYS.items():
+            if key not in SWEEP_TAKES and config[key] != default:
+                raise UserError(f"--sweep has its own {key}: leave out --{key}")
+        check_output(path)  # now, and not after minutes
     elif out:
         raise UserError("--out is the folder of the picture that --sweep draws")
     if "RANK" in os.environ and "PIPEDREAM_LAUNCHED" not in os.environ:
@@ -92,15 +96,6 @@ def check(config: dict) -> None:
     if microbatches < gpus:
         why = "or PyTorch's Schedule1F1B cannot run"
         raise UserError(f"num_microbatches={microbatches} must be at least gpus={gpus}, {why}")
-
-
-def check_sweep(config: dict, path: Path) -> None:
-    """Raise a UserError now, and not after minutes."""
-    takes = "gpus", "layers_per_stage", "learning_rate", "timeout"
-    for key, default in KEYS.items():
-        if key not in takes and config[key] != default:
-            raise UserError(f"--sweep has its own {key}: leave out --{key}")
-    check_output(path)
 
 
 def run_all(config: dict) -> list[dict[str, Figures]]:

@@ -49,10 +49,10 @@ class Figure(NamedTuple):
     @property
     def difference(self) -> str:
         """= for figures that agree and must; otherwise how far ours is off."""
+        if self.exact and self.ours == self.published:
+            return "="
         share = "" if math.isnan(self.off) else f"{self.off:+.1%}"
-        if self.exact:
-            return "=" if self.ours == self.published else f"{share}  NOT EXACT".strip()
-        return share
+        return f"{share}  NOT EXACT".strip() if self.exact else share
 
 
 def digits(number: float, places: int = 4) -> str:

@@ -1,12 +1,13 @@
 """How a row runs in a process, on PyTorch's engine. A rank is the number of a process."""
 
 import copy
+from collections.abc import Iterable
 from inspect import signature
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as engines
 from torch.nn.functional import cross_entropy
@@ -35,7 +36,7 @@ class VersionedStage(PipelineStage):
     pins        batch -> the version that it reads here. Unless this is known from the start, the
                 first forward of the batch pins the newest version that exists (weight stashing)
     gradient    of the weights, summed over the microbatches of the batch so far
-    velocity    with momentum: the last update
+    state       of the optimizer: it goes from version to version
     siblings    the stages of this rank, this one included: they update together
     done        what this rank has done, in order, and the version that each op read: the tensors
                 tell which, not the pins
@@ -60,7 +61,12 @@ class VersionedStage(PipelineStage):
         """Back to version 0, as if nothing had happened."""
         self.submod = build_stages(self.plan.config)[self.stage_index].to(self.device)
         self.versions: dict[int, nn.Module] = {0: self.submod}
-        self.pins, self.gradient, self.velocity = given_pins(self.plan), Weights(), Weights()
+        # With vertical sync a batch reads the version that stage 0 reads: it is in the row of that.
+        # (In the paper it travels with the microbatch. The engine sends activations only.)
+        given = self.plan.schedule[0] if self.plan.config["vertical_sync"] else []
+        reads = ((op.microbatch, op.version) for op in given if op.kind == "F")
+        self.pins = {m // self.num_microbatches: version for m, version in reads}
+        self.gradient, self.state = Weights(), dict[str, Any]()
         self.first_microbatch, self.num_backwards, self.peak_versions = 0, 0, 0
         self.in_memory = Storages()  # one per version
 
@@ -135,20 +141,23 @@ class VersionedStage(PipelineStage):
         self.versions = {**kept, newest + 1: self.submod}
         self.note("U", chunk, newest)
 
-    @torch.no_grad()
     def next_version(self) -> nn.Module:
-        """W(v+1) = W(v) - learning_rate * (all gradients of the batch), or the same with momentum.
-
-        As Worker.update does it, but into a module.
-        """
-        module, step = copy.deepcopy(self.versions[max(self.versions)]), self.gradient
-        self.gradient = Weights()
-        if mu := self.plan.config["momentum"]:
-            u = self.velocity
-            step = self.velocity = {name: g + mu * u.get(name, 0) for name, g in step.items()}
+        """W(v+1): a copy of W(v), moved by the optimizer with all gradients of the batch."""
+        module = copy.deepcopy(self.versions[max(self.versions)])
+        optimizer = self.make_optimizer(module.parameters())
+        optimizer.load_state_dict(self.state or optimizer.state_dict())
         for name, w in module.named_parameters():
-            w.sub_(step[name], alpha=self.plan.config["learning_rate"])
+            w.grad = self.gradient[name]
+        optimizer.step()
+        optimizer.zero_grad()
+        self.gradient.clear()
+        self.state = optimizer.state_dict()
         return module
+
+    def make_optimizer(self, parameters: Iterable[Tensor]) -> optim.Optimizer:
+        """As Worker.update: W(v+1) = W(v) - learning_rate * gradient, or that with momentum."""
+        config = self.plan.config
+        return optim.SGD(parameters, config["learning_rate"], config["momentum"])
 
     def note(self, kind: str, chunk: int, version: int) -> None:
         """Write down an op, and count the versions that are in memory now, whoever holds them."""
@@ -171,37 +180,21 @@ class Recomputed(nn.Module):
         return checkpoint(self.module, x, use_reentrant=False, preserve_rng_state=False)
 
 
-def given_pins(plan: Plan) -> dict[int, int]:
-    """With vertical sync: batch -> the version that stage 0 reads, from its row; else nothing.
-
-    (In the paper the number travels with the microbatch. The engine sends activations only.)
-    """
-    if not plan.config["vertical_sync"]:
-        return {}
-    forwards = (op for op in plan.schedule[0] if op.kind == "F")
-    return {op.microbatch // plan.config["num_microbatches"]: op.version for op in forwards}
-
-
 # ------------------------------------------------------------------------------------- engine
 #
 # PyTorch has a runtime that takes any schedule as data, but under private names: only this room
 # uses them. Its public classes (ScheduleGPipe, Schedule1F1B ...) know one schedule each.
 
 
-def engine_fits() -> bool:
-    """Has this PyTorch what make_engine needs? Torch 2.12 is the oldest that has.
+def check_engine() -> None:
+    """Raise a UserError unless this PyTorch has what make_engine needs; 2.12 is the oldest.
 
     Before 2.10 (no return_outputs) a step fails. Before 2.12 (no get_mesh) a stage holds on to the
     graphs of what it has sent, and so to every weight version.
     """
     runtime = getattr(engines, "_PipelineScheduleRuntime", None)
     names = {"_Action", "_add_send_recv", "_prepare_schedule_with_comms"} - {*dir(engines)}
-    return names <= {*dir(runtime)} and "get_mesh" in signature(PipelineStage).parameters
-
-
-def check_engine() -> None:
-    """Raise a UserError unless this PyTorch has what make_engine needs."""
-    if not engine_fits():
+    if names - {*dir(runtime)} or "get_mesh" not in signature(PipelineStage).parameters:
         what = f"torch {torch.__version__} does not run a schedule given as data as torch 2.12 does"
         raise UserError(f"{what}: this needs 2.12, or a newer one with the same private names")
 
@@ -260,7 +253,10 @@ def run_rank(plan: Plan, device: torch.device, num_runs: int = 1) -> Report:
         start = now(device)
         losses = train_steps(engine, stages, steps)
         seconds.append(now(device) - start)
-    ends = {stage.stage_index: end_of(stage) for stage in stages}
+    ends = dict[int, tuple[Weights, int]]()
+    for stage in stages:  # each has its last version at hand
+        weights = {name: w.detach().cpu() for name, w in stage.submod.named_parameters()}
+        ends[stage.stage_index] = weights, stage.peak_versions
     numbers, size = [loss.item() for loss in losses], plan.config["num_microbatches"]
     batches = [sum(numbers[k : k + size]) for k in range(0, len(numbers), size)]
     return Report(done, batches, ends, seconds)
@@ -286,12 +282,6 @@ def train_steps(engine, stages: list[VersionedStage], steps: list) -> list[Tenso
     return losses
 
 
-def end_of(stage: VersionedStage) -> tuple[Weights, int]:
-    """The weights after the last update, and the most versions that were in memory at once."""
-    last = stage.versions[max(stage.versions)]
-    return {k: w.detach().cpu() for k, w in last.named_parameters()}, stage.peak_versions
-
-
 def gather(report: T) -> list[T]:
     """The reports of all ranks on rank 0, an empty list on the others."""
     reports = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -301,8 +291,7 @@ def gather(report: T) -> list[T]:
 
 def difference(ours: Weights, theirs: Weights) -> float:
     """The largest absolute difference; two that are both NaN do not differ."""
-    a, b = (
-        torch.cat([ws[name].detach().flatten().cpu() for name in theirs]) for ws in (ours, theirs)
-    )
+    pair = ([each[name].detach().flatten().cpu() for name in theirs] for each in (ours, theirs))
+    a, b = map(torch.cat, pair)
     same = (a == b) | (a.isnan() & b.isnan())
     return (a - b).masked_fill(same, 0).abs().max().item()

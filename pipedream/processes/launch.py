@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, NoReturn, TypeVar
+from typing import IO, TypeVar
 
 import torch.distributed as dist
 
@@ -33,14 +33,9 @@ MAX_PROCESSES = 16  # that are started here
 POLL = 0.05  # seconds
 
 
-def program() -> str:
-    """The name that begins every line on stderr: pipedream, and the command."""
-    return sys.argv[0]
-
-
 def launch(num_ranks: int, timeout: float, command: list[str] | None = None) -> int:
     """Start this command once more (or another one) in so many processes; their exit status."""
-    command = command or [sys.executable, "-m", *program().split(), *sys.argv[1:]]
+    command = command or [sys.executable, "-m", *sys.argv[0].split(), *sys.argv[1:]]
     if num_ranks > MAX_PROCESSES:
         what = f"{num_ranks} processes are more than the {MAX_PROCESSES} that this starts by itself"
         raise UserError(f"{what}: try torchrun --nproc-per-node {num_ranks}")
@@ -65,7 +60,12 @@ def launch(num_ranks: int, timeout: float, command: list[str] | None = None) -> 
     for file in files:
         file.seek(0)
     said = [file.read() for file in files]
-    print(*failure_lines(statuses, said, silent, timeout), sep="", end="", file=sys.stderr)
+    lines = failure_lines(statuses, said)
+    if silent:
+        names = " and ".join(f"rank {rank}" for rank in silent)
+        why = f"did not answer within --timeout {timeout:g} s: stopped, stuck or slow"
+        lines = [f"{sys.argv[0]}: {names} {why}\n"]  # pipedream, and the command
+    print(*lines, sep="", end="", file=sys.stderr)
     return int(any(status != 0 for status in statuses))
 
 
@@ -106,14 +106,8 @@ def is_stopped(process: subprocess.Popen) -> bool:
     return state is not None and state.si_code == os.CLD_STOPPED
 
 
-def failure_lines(
-    statuses: list[int], said: list[str], silent: list[int], timeout: float
-) -> list[str]:
+def failure_lines(statuses: list[int], said: list[str]) -> list[str]:
     """Why the run ended: what to write to stderr, given what the ranks wrote there."""
-    if silent:
-        names = " and ".join(f"rank {rank}" for rank in silent)
-        why = f"did not answer within --timeout {timeout:g} s: stopped, stuck or slow"
-        return [f"{program()}: {names} {why}\n"]
     own = [rank for rank, status in enumerate(statuses) if status not in (None, 0, LOST)]
     lost = [rank for rank, status in enumerate(statuses) if status == LOST][:1]
     # Ranks that failed by themselves come first: the others only lost those.
@@ -121,7 +115,7 @@ def failure_lines(
     for rank in own:
         if statuses[rank] < 0:
             name = signal.Signals(-statuses[rank]).name
-            lines.append(f"{program()}: rank {rank} was ended by {name}\n")
+            lines.append(f"{sys.argv[0]}: rank {rank} was ended by {name}\n")
     return [*dict.fromkeys(lines)]  # each only once
 
 
@@ -150,13 +144,8 @@ def in_group(work: Callable[[], T], backend: str, timeout: float) -> T:
         dist.destroy_process_group()  # the other ranks have nothing more to do, and leave
     except (RuntimeError, ValueError) as error:
         if LOST_WORDS.search(str(error)):
-            lose(str(error))
+            print(f"{sys.argv[0]}: lost the other ranks:", *str(error).split(), file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(LOST)  # whatever its threads wait for
         raise
     return result
-
-
-def lose(error: str) -> NoReturn:
-    """Say that this rank waits for others in vain, and end it, whatever its threads wait for."""
-    print(f"{program()}: lost the other ranks:", *error.split(), file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(LOST)

@@ -67,9 +67,9 @@ class Job:
 
     stream = False  # must train be called once, with all batches of the run?
 
-    def __init__(self, config: dict, module: nn.Module, backward: Backward, optimizer: Any = None):
+    def __init__(self, config: dict, module: nn.Module, backward: Backward):
         self.module, self.backward = module, backward
-        self.optimizer = optimizer or make_optimizer(config, module.parameters())
+        self.optimizer: Any = make_optimizer(config, module.parameters())
 
     def train(self, batches: list[Batch]) -> None:
         for x, y in batches:
@@ -182,8 +182,9 @@ def tensor_parallel(config: dict) -> Job:
     network, mesh = with_blocks(make_network(config)), init_device_mesh("cpu", (config["gpus"],))
     column, row = ColwiseParallel(), RowwiseParallel()
     pairs = {"qkv": column, "out": row, "linear1": column, "linear2": row}
-    for block in (module for module in network.modules() if isinstance(module, Block)):
-        parallelize_module(block, mesh, pairs)
+    for module in network.modules():
+        if isinstance(module, Block):
+            parallelize_module(module, mesh, pairs)
     return Job(config, network, on_whole(network))
 
 
@@ -200,23 +201,10 @@ def pipeline_1f1b(config: dict) -> Job:
 
 
 class OptimizedStage(VersionedStage):
-    """A stage with versions, for any optimizer: its state goes from version to version."""
+    """A stage with versions, for any optimizer."""
 
-    def restart(self) -> None:
-        super().restart()
-        self.state: dict = {}
-
-    def next_version(self) -> nn.Module:
-        module = copy.deepcopy(self.versions[max(self.versions)])
-        optimizer = make_optimizer(self.plan.config, module.parameters())
-        optimizer.load_state_dict(self.state or optimizer.state_dict())
-        for name, w in module.named_parameters():
-            w.grad = self.gradient[name]
-        optimizer.step()
-        optimizer.zero_grad()
-        self.gradient.clear()
-        self.state = optimizer.state_dict()
-        return module
+    def make_optimizer(self, parameters: Iterable[Tensor]) -> optim.Optimizer:
+        return make_optimizer(self.plan.config, parameters)
 
 
 class PipeDream(Job):
