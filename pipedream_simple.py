@@ -69,9 +69,9 @@ CONFIG = {
 
 # ---------------------------------------------------------------------------------- schedules
 #
-# A schedule lists what each GPU does in one batch, in order and without times. GPU s holds stage s.
-# Each of the three below fixes a flaw of the previous one. The formulas for utilization assume that
-# all stages take equal time, and that links are free.
+# A schedule function lists what each GPU does in one batch, in order and without times. GPU s holds
+# stage s. Of the three below, the second and the third fix a flaw of the one before. The formulas
+# for utilization assume that all stages take equal time, and that links are free.
 
 
 class Op(NamedTuple):
@@ -82,7 +82,9 @@ class Op(NamedTuple):
     """
 
     stage: int
-    kind: str  # F forward, B backward, U weight update. (Some schedules split B in two: I and W)
+    kind: (
+        str  # F forward, B backward, U weight update. (Elsewhere: I and W, halves of B; R, F again)
+    )
     microbatch: int  # numbered through the run: batch b has b*M to (b+1)*M - 1; of a U, the last
     version: int  # of the weights it reads: version v has received v updates
 
@@ -153,7 +155,6 @@ def one_f_one_b(device: int, num_devices: int, num_microbatches: int) -> Iterato
 # The three are one pattern: some forwards ahead (the warmup), then one forward and one backward in
 # turn, then the backwards still owed. Only the warmup differs: 0, M, and min(S - 1 - s, M).
 # PipeDream is the third without a flush: its warmup is min(S - 1 - s, K), once in the whole run.
-
 SCHEDULES: dict[str, tuple[Callable, bool]] = {  # -> (row of a GPU, does a flush end each batch?)
     "naive": (naive, True),
     "gpipe": (gpipe, True),
@@ -213,7 +214,7 @@ def pin_versions(
     schedule = []
     for row in rows:
         stages = sorted({stage for stage, _, _ in row})  # one, unless a GPU holds several
-        left = Counter(m // num_microbatches for _, kind, m in row if kind in ("B", "W"))
+        owed = Counter(m // num_microbatches for _, kind, m in row if kind in ("B", "W"))
         newest, ops = 0, []
         for stage, kind, microbatch in row:
             version, batch = newest, microbatch // num_microbatches
@@ -221,8 +222,8 @@ def pin_versions(
                 pinned_by = 0 if vertical_sync else stage  # row 0 comes first: stage 0 has pinned
                 version = pinned.setdefault((pinned_by, batch), newest)
             ops.append(Op(stage, kind, microbatch, version))
-            left[batch] -= kind in ("B", "W")
-            if kind in ("B", "W") and left[batch] == 0:
+            owed[batch] -= kind in ("B", "W")
+            if kind in ("B", "W") and owed[batch] == 0:
                 ops += [Op(s, "U", microbatch, newest) for s in stages]
                 newest += 1
         schedule.append(ops)
@@ -253,10 +254,7 @@ class Event(NamedTuple):
 
 
 def inputs_of(op: Op, num_stages: int) -> list[Step]:
-    """The steps whose results this op needs: one, or none.
-
-    A microbatch travels down the stages and back: F0 F1 ... F(S-1) B(S-1) ... B1 B0.
-    """
+    """The steps whose results this op needs: a microbatch goes F0 ... F(S-1) B(S-1) ... B0."""
     stage, kind, m, _ = op
     if kind == "F":
         return [(stage - 1, "F", m)] if stage > 0 else []
@@ -326,10 +324,9 @@ def simulate(
 
 
 class Residual(nn.Module):
-    """x + scale * tanh(W x + b). With scale 2 / sqrt(depth), signals keep their size at any depth.
+    """x + scale * tanh(W x + b). With scale 2 / sqrt(depth) signals keep their size."""
 
-    (Twelve plain Linear + ReLU layers shrink them: the loss was still 2.30 after 200 batches.)
-    """
+    # (Twelve plain Linear + ReLU layers shrink them: the loss was still 2.30 after 200 batches.)
 
     def __init__(self, size: int, scale: float):
         super().__init__()
@@ -376,8 +373,8 @@ class Worker:
     """What one GPU does. It knows no schedule: it runs whatever op it is given.
 
     in_flight is the stash: for each microbatch whose backward is still to come its input, its
-    output (with the graph between them; recompute: neither), and the weights that turned one into
-    the other. It copies nothing: an update makes new tensors, and the old ones live while needed.
+    output (and the graph between them; with recompute neither), and the weights that turned one
+    into the other. It copies nothing: an update makes new tensors, and the old ones live on.
     """
 
     def __init__(self, module: nn.Module, config: dict):
@@ -428,8 +425,8 @@ class Worker:
     def update(self, op: Op) -> None:
         """W(v+1) = W(v) - learning_rate * (all gradients of the batch, summed).
 
-        W(v) is the newest version. The gradients may come from an older one, the version that the
-        batch read: that is staleness. With momentum the step is u = momentum * u + gradients.
+        W(v) is the newest version. The gradients may come from an older one, which the batch read:
+        that is staleness. With momentum the step is u = momentum * u + gradients.
         """
         weights, step, self.gradient = self.versions[op.version], self.gradient, {}
         if self.config["momentum"]:
@@ -465,10 +462,7 @@ def train(
     events: list[Event] | None = None,
     worker_class: Callable[[nn.Module, dict], Worker] = Worker,
 ) -> Run:
-    """Run a schedule, that of config unless events are given, on real tensors in simulated order.
-
-    watch(op, worker) is called after every op, an R included. ValueError for a bad config.
-    """
+    """Run a schedule on real tensors in simulated order; watch(op, worker) sees each op, R too."""
     events = events or simulate(build_schedule(config), config)
     last_reader, device = last_readers(op for op, *_ in events), choose_device(config["device"])
     workers = [worker_class(stage.to(device, dtype), config) for stage in build_stages(config)]
@@ -540,7 +534,6 @@ def split_batches(config: dict, dtype: torch.dtype) -> list[Images]:
 
 
 def find_devices() -> list[str]:
-    """What torch finds here, the best first."""
     gpus, apple = torch.cuda.device_count(), torch.backends.mps.is_available()
     return [*["cuda"] * bool(gpus), *(f"cuda:{n}" for n in range(gpus)), *["mps"] * apple, "cpu"]
 
@@ -563,7 +556,6 @@ def accuracy(stages: list[nn.Module], weights: list[Weights], config: dict) -> f
 
 
 def makespan(events: list[Event]) -> float:
-    """The time at which the last op ends."""
     return max(event.end for event in events)
 
 
@@ -597,7 +589,7 @@ NARROW = "{}", "F{}", "B{}", ".", " "
 RECOMPUTED = "   Busy time includes the forwards that recompute runs a second time."
 LEGEND = """\
    *: this run. busy: utilization. GPU by GPU, at most: microbatches in flight,
-   weight versions kept, updates that a forward's weights are behind (stale).
+   weight versions kept, how many updates old a forward's weights are (stale).
 
 💡 WHAT TO TRY NEXT: --num_microbatches 8, --num_stages 8, --schedule 1f1b,
    --weight_stashing False, and --num_batches 200 --verbose False
@@ -609,7 +601,6 @@ def count(number: int, noun: str) -> str:
 
 
 def format_rows(rows: Iterable[Iterable[tuple]]) -> str:
-    """What each GPU does, in order and without times, one line per GPU."""
     lines = (" ".join(f"{kind}{m}" for _, kind, m, *_ in row) for row in rows)
     return "\n".join(f"GPU{device}: {line}" for device, line in enumerate(lines))
 
@@ -643,7 +634,8 @@ def format_timeline(events: list[Event], width: int = 80) -> str:
     lines, first, last = format_table(table, separator), min(2 * len(gpus) + 4, 40), len(gpus) + 1
     if len(lines) > first + last + 1:  # how the pipeline fills, and how it drains
         lines[first:-last] = [f"...  ({len(lines) - first - last} more rows)"]
-    return "\n".join(lines)
+    note = ["(a column is a GPU; F3: forward of microbatch 3, B3: its backward)"] * (idle == ".")
+    return "\n".join([*note, *lines])
 
 
 def main() -> None:
@@ -675,29 +667,30 @@ Microbatches: {in_batch}
     if config["verbose"]:
         timeline = format_timeline(events, shutil.get_terminal_size().columns)
         print(f"📊 PIPELINE TIMELINE VISUALIZATION\n{timeline}\n", flush=True)
-    losses: list[float] = []
+    losses, newest = list[float](), 0
 
     def watch(op: Op, worker: Worker) -> None:
-        """Tell about a batch once the first stage, which is the last to update, has done so."""
-        nonlocal losses
+        nonlocal losses, newest
         losses = worker.losses if op.stage == num_stages - 1 else losses
+        newest = max(newest, op.version + (op.kind == "U"))
         batch, every = op.version, math.ceil(num_batches / 20)
         if op.kind != "U" or op.stage or (batch % every and batch < num_batches - 1):
-            return
+            return  # stage 0 is the last to update
         if batch == 0 and config["verbose"]:
-            print(f"BATCH 1/{num_batches}")
-            print(f"Average loss across {count(in_batch, 'microbatch')}: {losses[0]:.4f}")
+            microbatches = count(in_batch, "microbatch")
+            print(f"BATCH 1/{num_batches}\nAverage loss across {microbatches}: {losses[0]:.4f}")
             for (stage, kind, _, version), _, _, end in events:
                 if (kind, version) == ("U", 0):
                     print(f"Stage {stage}: Updated weights v0 → v1  (at t{end:.10g})")
-            print("✅ Batch complete! All stages now at version 1\n")
+            newer = " or newer" * (newest > 1)
+            print(f"✅ Batch complete! All stages now at version 1{newer}\n")
         if batch == 0:
             heading = f"Training results ({count(num_batches, 'batch')}):"
-            print(f"{heading:<42}   first F read, first B read")
+            print(f"{heading:<45}weights read by F; by B, if others")
         ops = sorted(op for op, *_ in events if op.microbatch == batch * in_batch)
-        read = (format_per_gpu([f"v{op.version}" for op in ops if op.kind == k]) for k in "FB")
+        read = [format_per_gpu([f"v{op.version}" for op in ops if op.kind == k]) for k in "FB"]
         loss = f"Batch {batch + 1}: Loss {losses[batch]:.4f} (weights v{batch} → v{batch + 1})"
-        print(f"- {loss:<40}", *read, sep="   ", flush=True)
+        print(f"- {loss:<40}", *dict.fromkeys(read), sep="   ", flush=True)
 
     run = train(config, watch=watch, events=events)
     busy, slowest = used[chosen], makespan(runs["naive"])
@@ -708,8 +701,8 @@ Microbatches: {in_batch}
     print(f"Test accuracy: {run.test_accuracy:.1%} of the digits that it was not trained on")
     if not run.losses[-1] < 10 * run.losses[0]:
         print("The loss diverged: try a smaller learning_rate, less momentum or staleness")
-    if not config["weight_stashing"]:
-        print("Wrong gradients where F and B differ. How wrong? python -m pipedream audit")
+    if not config["weight_stashing"] and not SCHEDULES[chosen][1] and num_stages > 1:
+        print("Gradients are wrong where F and B differ: python -m pipedream audit, same flags")
     table = [["  schedule", "time", "busy", "in flight", "versions", "stale"]]
     for name, schedule in schedules.items():
         peaks = [[max(held[i] for held in memory_held(row)) for row in schedule] for i in range(2)]
@@ -727,16 +720,18 @@ class UserError(ValueError):
 
 
 SIZES = "num_stages", "num_microbatches", "num_batches"
-SWITCH, FILES = [True, False], "pipedream/networks/[a-z]*.py"
+LIMITS = {SIZES: 500_000, ("batch_size", "num_batches"): 10_000_000}  # what one run may hold
+LIMITS |= {("num_stages", "layers_per_stage", "hidden_size", "hidden_size"): 500_000_000}
+SWITCH, COUNT, FILES = [True, False], (int, 1, 10_000_000), "pipedream/networks/[a-z]*.py"
 RULES: dict[str, Any] = {  # key -> (type, least, most), list: or one per stage; or all choices
-    **dict.fromkeys((*SIZES, "layers_per_stage", "hidden_size", "batch_size"), (int, 1, 1_000_000)),
+    **dict.fromkeys((*SIZES, "layers_per_stage", "hidden_size", "batch_size"), COUNT),
     **{"learning_rate": (float, 1e-30, 1e30), "momentum": (float, 0, 1), "seed": (int, 0, 2**62)},
     "device": ["auto", *find_devices()],
     "network": ["residual", *(file.stem for file in Path(__file__).parent.glob(FILES))],
     "schedule": SCHEDULES,
     **dict.fromkeys(("weight_stashing", "vertical_sync", "recompute", "verbose"), SWITCH),
-    **dict.fromkeys(("forward_time", "backward_time"), (list, 1e-6, 1e9)),
-    "comm_time": (list, 0, 1e9),
+    **dict.fromkeys(("forward_time", "backward_time"), (list, 1e-9, 1e12)),
+    "comm_time": (list, 0, 1e12),
 }
 
 
@@ -750,8 +745,13 @@ def check_value(key: str, value: Any, rule: Any) -> None:
         types = int if kind is int else (int, float)  # a bool is an int, too, but not a number here
         numbers = [x for x in items if isinstance(x, types) and not isinstance(x, bool)]
         good = len(numbers) == len(items) and all(least <= x <= most for x in numbers)
-        words = {int: "a whole number", float: "a number", list: "a number, or one per stage,"}
-        must = f"{words[kind]} from {least:g} to {most:g}"
+        words = {
+            int: "a whole number",
+            float: "a number",
+            list: "a number, or a list, one per stage,",
+        }
+        form = "," if kind is int else "g"
+        must = f"{words[kind]} from {least:{form}} to {most:{form}}"
     if not good:
         raise UserError(f"{key}={value!r} must be {must}")
 
@@ -777,8 +777,9 @@ def check_config(config: dict, rules: dict[str, Any] = RULES) -> None:
         per_stage(config, key)
     if config["vertical_sync"] and not config["weight_stashing"]:
         raise UserError("vertical_sync=True needs weight_stashing=True: it reads stashed versions")
-    if (number := math.prod(config[key] for key in SIZES)) > 500_000:
-        raise UserError(f"{' * '.join(SIZES)} is {number:,}: at most 500,000 fit")
+    for keys, most in LIMITS.items():
+        if (number := math.prod(config[key] for key in keys)) > most:
+            raise UserError(f"{' * '.join(keys)} is {number:,}: at most {most:,} fit")
     batch_size, parts = config["batch_size"], config["num_microbatches"]
     if batch_size % parts:
         fitting = ", ".join(str(d) for d in range(1, batch_size + 1) if batch_size % d == 0)
@@ -805,23 +806,21 @@ def parse_config(
 ) -> tuple[dict, dict]:
     """config with the flags of the command line on top; and what flags, {name: details}, said."""
     source, look = inspect.getsource(sys.modules[__name__]), argparse.RawDescriptionHelpFormatter
-    block = "Each key is also a flag: {" + source.split("\nCONFIG = {")[1].split("\n}")[0] + "\n}"
-    parser = Parser(description=doc, epilog=block, formatter_class=look, allow_abbrev=False)
-    for key, value in config.items():
-        parser.add_argument(f"--{key}", type=parse_value, default=value, help=argparse.SUPPRESS)
+    text = "Each key is also a flag:" + source.partition("\nCONFIG =")[2].partition("\n}")[0]
+    parser = Parser(description=doc, epilog=text, formatter_class=look, allow_abbrev=False)
+    no = argparse.SUPPRESS  # no value unless a flag gives one, and no line of help
+    for key in config:
+        parser.add_argument(f"--{key}", type=parse_value, default=no, help=no)
     for name, details in (flags or {}).items():
         parser.add_argument(name, **details)
     given = vars(parser.parse_args(argv))
-    return {key: given.pop(key) for key in config}, given
+    return {key: given.pop(key, value) for key, value in config.items()}, given
 
 
 def run_main(main: Callable[[], object]) -> int:
     """Call main; what the reader can correct ends in one line on stderr and exit status 2."""
-
-    def plain(error: Any) -> tuple[str, int]:  # for a terminal that cannot show this character
-        return {"→": "->", "←": "<-"}.get(error.object[error.start], ""), error.start + 1
-
-    codecs.register_error("plain", plain)
+    plain: Any = {"→": "->", "←": "<-"}  # on a terminal that cannot show them; emoji are left out
+    codecs.register_error("plain", lambda e: (plain.get(e.object[e.start], ""), e.start + 1))  # type: ignore[attr-defined]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="plain")
@@ -843,7 +842,7 @@ def run_main(main: Callable[[], object]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not re.search("out of memory|Allocator|^$", str(error)):
             raise
-        message = "out of memory: try a smaller batch_size, or --device cpu"
+        message = "out of memory: try a smaller batch_size or hidden_size, or --device cpu"
     except KeyboardInterrupt:
         message = "stopped"
     print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr, flush=True)

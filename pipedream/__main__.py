@@ -32,16 +32,24 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
     name, *argv = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(__doc__)
-        print("\n".join(f"    {command:<13}{question(command)}" for command in COMMANDS))
-    elif name not in COMMANDS:
+        questions = (f"    {command:<13}{question(command)}" for command in COMMANDS)
+        return tell("\n".join([__doc__ or "", *questions]))
+    if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f": it must be one of {', '.join(COMMANDS)}"
         print(f"pipedream: unknown command {name!r}{hint}", file=sys.stderr)
         return 2
-    elif {"-h", "--help"} & {*argv}:
-        print(help_of(name))
-    else:
-        return start(name, argv)
+    return tell(help_of(name)) if {"-h", "--help"} & {*argv} else start(name, argv)
+
+
+def tell(text: str) -> int:
+    """Print it, as run_main would: quietly where | head has seen enough."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"pipedream: {error.strerror}", file=sys.stderr)
+            return 2
     return 0
 
 

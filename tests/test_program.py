@@ -132,13 +132,16 @@ def test_only_a_run_that_diverges_is_said_to_diverge(program, seed):
 
 
 def test_the_batch_lines_show_the_versions_that_forwards_and_backwards_read(program):
-    read = r"Batch 5: Loss \d\.\d+ \(weights v4 → v5\) +(.*?)   (.*)"
+    batch = r"Batch 5: Loss \d\.\d+ \(weights v4 → v5\) +(.*)"
     one = "--num_microbatches 1 --batch_size 8 "
-    assert re.search(read, program(one).out).groups() == ("v1 v2 v3 v4", "v1 v2 v3 v4")
+    out = program(one).out
+    assert re.search(batch, out)[1] == "v1 v2 v3 v4"
+    assert "All stages now at version 1 or newer\n" in out  # the last one is at version 2 by then
     out = program(one + "--weight_stashing False").out
-    assert re.search(read, out).groups() == ("v1 v2 v3 v4", "v4 v4 v4 v4")
-    assert "Wrong gradients" in out
-    assert "Wrong gradients" not in program(one).out
+    assert re.search(batch, out)[1] == "v1 v2 v3 v4   v4 v4 v4 v4"
+    for flags in ("", "--schedule gpipe", "--num_stages 1"):
+        out = program(f"--weight_stashing False {flags}").out
+        assert ("Gradients are wrong where F and B differ" in out) == (flags == "")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,7 @@ def test_the_timeline_fits_keeps_its_columns_and_shows_the_events(width, size):
     lines = format_timeline(events, width).splitlines()
     assert all(len(line) <= width for line in lines)
     roomy = "Stage" in lines[0]
+    assert roomy or lines.pop(0).startswith("(a column is a GPU")
     assert roomy == (16 * (size[0] + 1) <= width)
     running = {(e.start, e.device): e.op for e in events if e.op.kind != "U"}
     times = []
@@ -276,7 +280,8 @@ def test_with_recompute_a_backward_shows_the_time_of_its_forward_too(program):
 
 # ---------------------------------------------------------------------------- what it refuses
 
-WHOLE, TIME = "must be a whole number from 1 to 1e+06", "must be a number, or one per stage, from"
+WHOLE = "must be a whole number from 1 to 10,000,000"
+TIME = "must be a number, or a list, one per stage, from"
 BAD_FLAGS = {
     "--num_stages 0": f"num_stages=0 {WHOLE}",
     "--num_stages 2.5": f"num_stages=2.5 {WHOLE}",
@@ -295,11 +300,13 @@ BAD_FLAGS = {
     "--device nope": "device='nope' must be one of auto,",
     "--device cuda:99": "device='cuda:99' must be one of auto,",
     "--vertical_sync True --weight_stashing False": "vertical_sync=True needs weight_stashing=True",
-    "--forward_time 0": f"forward_time=0 {TIME} 1e-06",
+    "--forward_time 0": f"forward_time=0 {TIME} 1e-09",
     "--forward_time 1,2": "forward_time=[1, 2] must have num_stages=4 entries",
     "--comm_time 1,2": "comm_time=[1, 2] must have num_stages=4 entries",
     "--forward_time 1,2,x,4": f"forward_time='1,2,x,4' {TIME}",
     "--comm_time -1": f"comm_time=-1 {TIME} 0",
+    "--hidden_size 30000": "hidden_size * hidden_size is 10,800,000,000: at most 500,000,000 fit",
+    "--batch_size 4000000": "batch_size * num_batches is 20,000,000: at most 10,000,000 fit",
     "--num_batches 100000": "num_stages * num_microbatches * num_batches is 1,600,000: at most",
 }
 

@@ -140,13 +140,13 @@ def train_replicated(
 
     UserError: replicas that are not numbers, or do not share num_microbatches evenly.
     """
+    config = story_config({**config, "num_stages": len(replicas), "schedule": "pipedream"})
+    simple.check_config(config)
     for number in replicas:
         simple.check_value("replicas", number, (int, 1, 64))
         if config["num_microbatches"] % number:
             microbatches = f"num_microbatches={config['num_microbatches']}"
             raise UserError(f"{microbatches} must be a multiple of {number}, a stage's replicas")
-    config = story_config({**config, "num_stages": len(replicas), "schedule": "pipedream"})
-    simple.check_config(config)
     schedule, events = simulate_replicas(replicas, config)
     sizes = iter(replicas)
     run = simple.train(

@@ -231,6 +231,8 @@ MOST_STEPS = 20_000_000_000  # of count_steps: half a minute
 def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory) -> None:
     """Raise a UserError unless best_partition can answer this."""
     for key, values in (("gpus", gpus), ("bandwidth", bandwidths)):
+        if not isinstance(values, list | tuple) or not values:
+            raise UserError(f"{key}={values!r} must be a list, one number per level")
         for value in values:
             check_value(key, value, LEVEL[key])
     if len(gpus) != len(bandwidths):
