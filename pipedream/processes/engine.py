@@ -284,9 +284,9 @@ def train_steps(engine, stages: list[VersionedStage], steps: list) -> list[Tenso
 
 def gather(report: T) -> list[T]:
     """The reports of all ranks on rank 0, an empty list on the others."""
-    reports = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    reports: Any = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(report, reports)
-    return reports or []  # type: ignore[return-value]
+    return reports or []
 
 
 def difference(ours: Weights, theirs: Weights) -> float:
