@@ -1,13 +1,12 @@
 """How a row runs in a process, on PyTorch's engine. A rank is the number of a process."""
 
 import copy
-from collections.abc import Iterable
 from inspect import signature
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as engines
 from torch.nn.functional import cross_entropy
@@ -36,7 +35,7 @@ class VersionedStage(PipelineStage):
     pins        batch -> the version that it reads here. Unless this is known from the start, the
                 first forward of the batch pins the newest version that exists (weight stashing)
     gradient    of the weights, summed over the microbatches of the batch so far
-    state       of the optimizer: it goes from version to version
+    state       of the optimizer, here the last update: it goes from version to version
     siblings    the stages of this rank, this one included: they update together
     done        what this rank has done, in order, and the version that each op read: the tensors
                 tell which, not the pins
@@ -141,23 +140,20 @@ class VersionedStage(PipelineStage):
         self.versions = {**kept, newest + 1: self.submod}
         self.note("U", chunk, newest)
 
+    @torch.no_grad()
     def next_version(self) -> nn.Module:
-        """W(v+1): a copy of W(v), moved by the optimizer with all gradients of the batch."""
-        module = copy.deepcopy(self.versions[max(self.versions)])
-        optimizer = self.make_optimizer(module.parameters())
-        optimizer.load_state_dict(self.state or optimizer.state_dict())
-        for name, w in module.named_parameters():
-            w.grad = self.gradient[name]
-        optimizer.step()
-        optimizer.zero_grad()
-        self.gradient.clear()
-        self.state = optimizer.state_dict()
-        return module
+        """W(v+1) = W(v) - learning_rate * (all gradients of the batch), or the same with momentum.
 
-    def make_optimizer(self, parameters: Iterable[Tensor]) -> optim.Optimizer:
-        """As Worker.update: W(v+1) = W(v) - learning_rate * gradient, or that with momentum."""
-        config = self.plan.config
-        return optim.SGD(parameters, config["learning_rate"], config["momentum"])
+        As Worker.update does it, but into a module.
+        """
+        module, step = copy.deepcopy(self.versions[max(self.versions)]), self.gradient
+        self.gradient = Weights()
+        if mu := self.plan.config["momentum"]:
+            u = self.state
+            step = self.state = {name: g + mu * u.get(name, 0) for name, g in step.items()}
+        for name, w in module.named_parameters():
+            w.sub_(step[name], alpha=self.plan.config["learning_rate"])
+        return module
 
     def note(self, kind: str, chunk: int, version: int) -> None:
         """Write down an op, and count the versions that are in memory now, whoever holds them."""

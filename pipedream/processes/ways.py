@@ -203,8 +203,17 @@ def pipeline_1f1b(config: dict) -> Job:
 class OptimizedStage(VersionedStage):
     """A stage with versions, for any optimizer."""
 
-    def make_optimizer(self, parameters: Iterable[Tensor]) -> optim.Optimizer:
-        return make_optimizer(self.plan.config, parameters)
+    def next_version(self) -> nn.Module:
+        module = copy.deepcopy(self.versions[max(self.versions)])
+        optimizer = make_optimizer(self.plan.config, module.parameters())
+        optimizer.load_state_dict(self.state or optimizer.state_dict())
+        for name, w in module.named_parameters():
+            w.grad = self.gradient[name]
+        optimizer.step()
+        optimizer.zero_grad()
+        self.gradient.clear()
+        self.state = optimizer.state_dict()
+        return module
 
 
 class PipeDream(Job):
