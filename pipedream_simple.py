@@ -63,7 +63,7 @@ CONFIG = {
     "forward_time": 1,  # simulated time of a microbatch's forward; or one per stage: 1,1,2,1
     "backward_time": 1,  # time of its backward: 2 is closer to the truth (two matrix products)
     "comm_time": 0,  # time to send a result to the neighboring GPU; or one per stage
-    "verbose": True,  # False: no timeline, and one line per batch
+    "verbose": True,  # False: no timeline, and no details of the first batch
 }
 
 
@@ -82,9 +82,7 @@ class Op(NamedTuple):
     """
 
     stage: int
-    kind: (
-        str  # F forward, B backward, U weight update. (Elsewhere: I and W, halves of B; R, F again)
-    )
+    kind: str  # F forward, B backward (in halves: I and W), U weight update, R a forward again
     microbatch: int  # numbered through the run: batch b has b*M to (b+1)*M - 1; of a U, the last
     version: int  # of the weights it reads: version v has received v updates
 
