@@ -275,24 +275,30 @@ def op_times(config: dict) -> dict[str, list[float]]:
 
 
 def simulate(
-    schedule: Schedule, config: dict, times: dict | None = None, inputs: Callable = inputs_of
+    schedule: Schedule, config: dict, takes=None, inputs: Callable = inputs_of, links=None
 ) -> list[Event]:
     """When would the GPUs run these rows? The only place where time comes from.
 
-    An op starts when its GPU is free and its input has arrived. Nothing here knows schedules or
-    bubbles: a GPU is idle while its next op waits. Returns the events sorted by start, each after
-    the one it needs; ValueError if GPUs wait for each other.
+    An op starts when its GPU is free and its input has arrived. A link carries one result at a time
+    in each direction, while the GPUs go on. Nothing here knows schedules or bubbles: a GPU is idle
+    while its next op waits. Returns the events sorted by start, each after the one it needs; links,
+    a dict, gets the messages: (from, to) -> [Event(op whose result it is, to, start, end), ...].
+    takes(op) and inputs(op, S) stand in for op_times and inputs_of. ValueError: a deadlock.
 
     >>> config = {**CONFIG, "num_stages": 2, "num_microbatches": 1, "num_batches": 1}
     >>> print(*(f"{e.op}@{e.start}-{e.end}" for e in simulate(build_schedule(config), config)))
     0F0@0-1 1F0@1-2 1B0@2-3 1U0@3-3 0B0@3-4 0U0@4-4
     """
     num_stages, devices = config["num_stages"], range(len(schedule))
-    times, comm_time = times or op_times(config), per_stage(config, "comm_time")
-    host = {op.stage: device for device, row in enumerate(schedule) for op in row}
+    times, comm_time = op_times(config), per_stage(config, "comm_time")
+    takes = takes or (lambda op: times[op.kind][op.stage])
+    links = {} if links is None else links
+    ops = [(device, op) for device, row in enumerate(schedule) for op in row]
+    needs = ((step, device, op) for device, op in ops for step in inputs(op, num_stages))
+    goes_to = {step: device for step, device, op in needs if step[0] != op.stage}
     todo = [row[::-1] for row in schedule]  # the next op is the last
     free_at: list[float] = [0 for _ in devices]
-    done: dict[Step, float] = {}  # -> its end
+    done, arrived = dict[Step, float](), dict[Step, float]()  # result -> when; -> at who needs it
     events: list[Event] = []
     while any(todo):
         num_before = len(events)
@@ -303,12 +309,16 @@ def simulate(
                 needed = inputs(op, num_stages)
                 if not all(step in done for step in needed):
                     break  # look at the other devices first
-                for step in needed:
-                    travel = comm_time[step[0]] if host[step[0]] != host[op.stage] else 0
-                    start = max(start, done[step] + travel)  # the wait, if any, is bubble
-                now = start + times[op.kind][op.stage]
+                for step in needed:  # the wait, if any, is bubble
+                    start = max(start, (done if step[0] == op.stage else arrived)[step])
+                now, result = start + takes(op), result_of(op)
                 events.append(Event(op, device, start, now))
-                done[result_of(op)] = now
+                done[result] = arrived[result] = now
+                if (to := goes_to.get(result, device)) != device:
+                    link = links.setdefault((device, to), [])
+                    leaves = max([now, *(message.end for message in link[-1:])])
+                    link.append(Event(op, to, leaves, leaves + comm_time[op.stage]))
+                    arrived[result] = link[-1].end
                 row.pop()
             free_at[device] = now
         if len(events) == num_before:
@@ -560,7 +570,8 @@ def makespan(events: list[Event]) -> float:
 def utilization(events: list[Event]) -> float:
     """The share of all device time, 0 to 1, in which a device computes; the rest is the bubble."""
     num_devices = 1 + max(event.device for event in events)
-    return sum(event.end - event.start for event in events) / (num_devices * makespan(events))
+    busy = sum(end - start for _, start, end in {event[1:] for event in events})  # a pair once
+    return busy / (num_devices * makespan(events))
 
 
 def last_readers(ops: Iterable[Op]) -> dict[tuple[int, int], Op]:
@@ -741,17 +752,14 @@ def check_value(key: str, value: Any, rule: Any) -> None:
         kind, least, most = rule
         items = value if kind is list and isinstance(value, list) else [value]
         types = int if kind is int else (int, float)  # a bool is an int, too, but not a number here
-        numbers = [x for x in items if isinstance(x, types) and not isinstance(x, bool)]
-        good = len(numbers) == len(items) and all(least <= x <= most for x in numbers)
-        words = {
-            int: "a whole number",
-            float: "a number",
-            list: "a number, or a list, one per stage,",
-        }
+        numbers = (isinstance(x, types) and not isinstance(x, bool) for x in items)
+        good = all(numbers) and all(least <= x <= most for x in items)
+        words = {int: "a whole number", float: "a number", list: "a number, or one per stage,"}
         form = "," if kind is int else "g"
         must = f"{words[kind]} from {least:{form}} to {most:{form}}"
     if not good:
-        raise UserError(f"{key}={value!r} must be {must}")
+        more = " (others, and CSV files: python -m pipedream why)" if rule is SCHEDULES else ""
+        raise UserError(f"{key}={value!r} must be {must}{more}")
 
 
 def per_stage(config: dict, key: str) -> list[float]:

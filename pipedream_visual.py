@@ -207,9 +207,11 @@ def draw_ops(axes: Axes, events: list[Event], faded="", versions=0, stages=False
     """The primitive that draws the ops of every picture: a box for each, in the lane of its GPU.
 
     faded: this kind stays hollow. versions: hue and label say which weights an op reads, and there
-    is room for the bars of so many versions below. stages: a label names the stage, as in 2F0.
+    is room for the bars of so many versions below. stages: a label names the stage, as in 2F0. Of
+    two ops at once the backward is below the forward.
     """
     first, last = axes.get_xlim()
+    at_once = Counter(event[1:] for event in events)
     wide = shortest(events) * axes.bbox.width / (last - first) > 8  # pixels
     boxes, edges, widths = [], [], []
     for op, gpu, start, end in events:
@@ -219,7 +221,10 @@ def draw_ops(axes: Axes, events: list[Event], faded="", versions=0, stages=False
             fill, ink = ("white", GREY) if hollow else colors(hued)
             name = str(op) if stages else f"{op.kind}{op.microbatch}"
             name += f"\nv{op.version}" * (versions > 0)
-            boxes.append(Box(start, end, gpu, 0.06, ops_end(versions), fill, name, ink))
+            place = 0.06, ops_end(versions)
+            if at_once[gpu, start, end] > 1:
+                place = (0.06, 0.5) if op.kind == "F" else (0.5, 0.94)
+            boxes.append(Box(start, end, gpu, *place, fill, name, ink))
             edges.append(SHADE if hollow else "white")
             widths.append(0.7 * (hollow or wide))
     add_boxes(axes, boxes, edgecolors=edges, linewidths=widths, zorder=2, gid="ops")

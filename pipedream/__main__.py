@@ -85,7 +85,7 @@ def run_as_rank(command, argv: list[str]) -> None:
 def run(command, argv: list[str]) -> None:
     """Parse the flags of a command, check its config, and call its main."""
     from pipedream.backstage.cli import parse
-    from pipedream.schedules.plans import PLAN_CONFIG, settle
+    from pipedream.schedules.plans import PLAN_CONFIG, describe_file, settle
 
     defaults = {**PLAN_CONFIG, **getattr(command, "DEFAULTS", {})}
     takes = command.TAKES.split() if hasattr(command, "TAKES") else defaults
@@ -95,6 +95,8 @@ def run(command, argv: list[str]) -> None:
         named = {flag.removeprefix("--").partition("=")[0] for flag in argv}
         config = settle({**defaults, **config}, named & {*takes})
     command.main(config, **flags)
+    if not own and os.environ.get("RANK", "0") == "0":
+        print(end="".join(f"{line}\n" for line in describe_file(config)))
 
 
 if __name__ == "__main__":

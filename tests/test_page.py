@@ -15,7 +15,7 @@ from test_pictures import contrast
 from pipedream.backstage.measures import idle_times, short_name
 from pipedream.commands.page import page_data, write_page
 from pipedream.schedules.plans import PLAN_CONFIG, all_plans
-from pipedream.schedules.reasons import Reasons, critical_path, explain_moment
+from pipedream.schedules.reasons import Reasons, critical_path, explain_moment, explain_op
 from pipedream_simple import Event, makespan, utilization
 
 BROWSERS = "chromium-headless-shell", "chromium", "google-chrome", "chrome"
@@ -26,6 +26,8 @@ CONFIGS = {
     "M = 1": {"num_microbatches": 1, "num_batches": 8},
     "tenths": {"num_stages": 2, "forward_time": [0.1, 0.7]},
     "8 x 32": {"num_stages": 8, "num_microbatches": 32},
+    "pairs": {"num_stages": 2, "num_microbatches": 4, "layers_per_stage": 2, "overlap_time": 0.8},
+    "slow": {"num_batches": 1, "comm_time": 3},
 }
 
 
@@ -79,16 +81,16 @@ def visit(browser, page_of):
 
 
 def plans_of(name):
-    return all_plans({**PLAN_CONFIG, **CONFIGS[name]})[0]
+    return [plan.rounded() for plan in all_plans({**PLAN_CONFIG, **CONFIGS[name]})[0]]
 
 
 def pipedream_of(name):
     return next(plan for plan in plans_of(name) if plan.name == "pipedream")
 
 
-def choose(page, number, below=""):
-    page.select_option("#first", str(number))
-    page.select_option("#second", str(below))
+def choose(page, name, below=""):
+    page.select_option("#first", label=name.strip())
+    page.select_option("#second", **({"label": below} if below else {"value": ""}))
 
 
 def answer(page):
@@ -109,15 +111,15 @@ POINT_AT_ALL = """() => ["op", "idle"].map((what) =>
   })))"""
 
 
-@pytest.mark.parametrize("name", ["default", "two", "M = 1", "tenths"])
+@pytest.mark.parametrize("name", ["default", "two", "M = 1", "tenths", "pairs", "slow"])
 def test_pointing_says_what_the_python_functions_say(visit, name):
     page, plans = visit(name), plans_of(name)
     page.check("#future")
-    for number, plan in enumerate(plans):
-        choose(page, number)
+    for plan in plans:
+        choose(page, plan.name)
         ops, idle = page.evaluate(POINT_AT_ALL)
         assert len(ops) == len(plan.events)
-        gaps, reasons = idle_times(plan.events), Reasons(plan)
+        gaps, reasons = idle_times(plan.events, plan.links), Reasons(plan)
         assert len(idle) == len(gaps)
         for place, gap in enumerate(gaps):
             assert idle[str(place)] == [reasons.explain_idle(gap)]
@@ -126,7 +128,7 @@ def test_pointing_says_what_the_python_functions_say(visit, name):
             if event.op.kind == "U":
                 assert ops[str(place)] == [reasons.reads(event.op)]
             else:
-                first, *more = explain_moment(plan, event.device, (event.start + event.end) / 2)
+                first, *more = explain_op(reasons, event)
                 assert ops[str(place)][0] == first
                 assert sorted(ops[str(place)][1:]) == sorted(more)
 
@@ -134,10 +136,13 @@ def test_pointing_says_what_the_python_functions_say(visit, name):
 # ------------------------------------------------------------------------------ the time so far
 
 
-@pytest.mark.parametrize(("name", "number"), [("default", 5), ("two", 3), ("M = 1", 5), ("two", 4)])
-def test_every_step_shows_what_was_computed_and_held_until_then(visit, name, number):
-    page, plan = visit(name), plans_of(name)[number]
-    choose(page, number)
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [("default", "zb-h2"), ("two", "interleaved"), ("M = 1", "zb-h2"), ("pairs", "dualpipe-v")],
+)
+def test_every_step_shows_what_was_computed_and_held_until_then(visit, name, schedule):
+    page, plan = visit(name), next(plan for plan in plans_of(name) if plan.name == schedule)
+    choose(page, schedule)
     page.keyboard.press("Home")
     times = sorted({time for e in plan.events for time in (e.start, e.end)})
     assert clock(page) == 0
@@ -146,18 +151,19 @@ def test_every_step_shows_what_was_computed_and_held_until_then(visit, name, num
         assert clock(page) == pytest.approx(time)
         cut = [e._replace(end=min(e.end, time)) for e in plan.events if e.start < time]
         heading = page.inner_text("h2")
-        busy = sum(e.end - e.start for e in cut) / time / len(plan.schedule)
+        spans = {e[1:] for e in cut}  # two ops at once are one
+        busy = sum(end - start for _, start, end in spans) / time / len(plan.schedule)
         (shown,) = re.findall(r": ([\d.]+)% busy", heading)
         assert float(shown) == pytest.approx(100 * busy, abs=0.0501)
         for device, row in enumerate(plan.schedule):
             ended = {e.op for e in plan.events if e.device == device and e.end <= time}
             weights = {"F": 1, "B": -1, "W": -1}
-            in_flight = sum(weights.get(op.kind, 0) for op in ended)
+            in_flight = sum(weights.get(op.kind, 0) for op in ended) / len({op.stage for op in row})
             made = {0} | {op.version + 1 for op in ended if op.kind == "U"}
             used = {op.version for op in row if op not in ended} | {max(made)}
             kept = " ".join(f"v{v}" for v in sorted(made & used))
             text = page.locator(".names > div").nth(device).inner_text()
-            assert f"{in_flight} in flight, {kept}" in text
+            assert f"{in_flight:.3g} in flight, {kept}" in text
     page.keyboard.press("End")
     assert f"{utilization(plan.events):.1%} busy in all, done at t{makespan(plan.events):.12g}" in (
         page.inner_text("h2")
@@ -170,7 +176,7 @@ def test_the_future_is_hidden_until_it_is_asked_for(visit):
       const { left, top, width, height } = box.getBoundingClientRect();
       return document.elementFromPoint(left + width / 2, top + height / 2) === box;
     }).map((box) => box.dataset.op ?? "idle " + box.dataset.idle)"""
-    gaps = idle_times(plan.events)
+    gaps = idle_times(plan.events, plan.links)
     boxes = {str(i): event for i, event in enumerate(plan.events) if event.op.kind != "U"}
     boxes |= {f"idle {i}": gap for i, gap in enumerate(gaps)}
     for step in range(9):
@@ -201,7 +207,7 @@ def test_keys_step_play_follow_and_ask_about_gpus(visit):
     page.keyboard.press("End")
     assert clock(page) == 46
     page.keyboard.press("Home")
-    path = [e for e in critical_path(plan.events) if e.op.kind != "U"]
+    path = [e for e in critical_path(plan) if e.op.kind != "U"]
     for event in path[:7]:
         page.keyboard.press("f")
         assert clock(page) == event.end
@@ -219,20 +225,41 @@ def test_keys_step_play_follow_and_ask_about_gpus(visit):
 
 def test_the_critical_path_is_the_one_that_python_finds(visit):
     page = visit("two")
-    for number, plan in enumerate(plans_of("two")):
-        choose(page, number)
+    for plan in plans_of("two"):
+        choose(page, plan.name)
         page.check("#critical")
         read = "found => found.map(x => +x.dataset.op)"
         marked = page.eval_on_selector_all(".critical .path", read)
-        path = [e for e in critical_path(plan.events) if e.op.kind != "U"]
+        path = [e for e in critical_path(plan) if e.op.kind != "U"]
         assert [plan.events[i] for i in sorted(marked)] == sorted(path, key=plan.events.index)
         page.uncheck("#critical")
         assert page.locator(".critical").count() == 0
 
 
+def test_two_ops_at_once_lie_one_below_the_other_and_both_can_be_pointed_at(visit):
+    page = visit("pairs")
+    plan = next(plan for plan in plans_of("pairs") if plan.name == "dualpipe-v")
+    choose(page, "dualpipe-v")
+    page.check("#future")
+    spans = {}
+    for number, event in enumerate(plan.events):
+        if event.start < event.end:
+            spans.setdefault(event[1:], []).append(number)
+    pairs = [numbers for numbers in spans.values() if len(numbers) == 2]
+    assert len(pairs) == len(plan.pairs) > 4
+    for pair in pairs:
+        boxes = [page.locator(f'rect[data-op="{number}"]').bounding_box() for number in pair]
+        upper, lower = sorted(boxes, key=lambda box: box["y"])
+        assert upper["y"] + upper["height"] <= lower["y"] + 1
+        assert (upper["x"], upper["width"]) == (lower["x"], lower["width"])
+        page.hover(f'rect[data-op="{pair[1]}"]')
+        other = short_name(plan.events[pair[0]])
+        assert f"It runs together with {other}, as a pair" in " ".join(answer(page))
+
+
 def test_two_schedules_share_one_time_axis(visit):
     page, plans = visit(), plans_of("default")
-    choose(page, 6, below=1)
+    choose(page, "pipedream", below="gpipe")
     page.check("#future")
     boxes = page.evaluate(
         """() => [...document.querySelectorAll("svg")].map((svg) => Object.fromEntries(
@@ -240,7 +267,9 @@ def test_two_schedules_share_one_time_axis(visit):
             [box.dataset.op, [box.x, box.width].map((l) => l.baseVal.value)])))"""
     )
     scales = set()
-    for plan, found in zip((plans[6], plans[1]), boxes, strict=True):
+    plan_of = {plan.name: plan for plan in plans}
+    for name, found in zip(("pipedream", "gpipe"), boxes, strict=True):
+        plan = plan_of[name]
         for place, (x, width) in found.items():
             event = plan.events[int(place)]
             scales.add(round(width / (event.end - event.start), 3))
@@ -272,7 +301,7 @@ def test_colors_tell_microbatches_or_versions_apart_and_forwards_are_dark(visit)
 def test_a_guess_is_judged_by_what_the_gpu_really_does_next(visit, gpu):
     page, plan = visit(), pipedream_of("default")
     page.select_option("#which", str(gpu))
-    score, found = 0, [*plan.events, *idle_times(plan.events)]
+    score, found = 0, [*plan.events, *idle_times(plan.events, plan.links)]
     for turn in range(12):
         now = clock(page)
         mine = [e for e in found if e.device == gpu and e.end > e.start]
@@ -304,7 +333,7 @@ def test_a_guess_is_judged_by_what_the_gpu_really_does_next(visit, gpu):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_the_screen_and_its_text_can_be_read(visit, width, scheme):
     page = visit(viewport={"width": width, "height": 740}, color_scheme=scheme)
-    choose(page, 3, below=4)
+    choose(page, "interleaved", below="zb-h1")
     page.keyboard.press("End")
     page.keyboard.press("ArrowDown")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -341,7 +370,7 @@ def test_everything_is_there_in_words_and_by_name(visit):
 
 def test_eight_gpus_with_32_microbatches_can_be_read_on_a_phone_with_a_finger(visit):
     page = visit("8 x 32", viewport={"width": 360, "height": 740}, has_touch=True)
-    choose(page, 3, below=1)
+    choose(page, "interleaved", below="gpipe")
     page.tap("#forth")
     page.tap('rect[data-op="0"] >> nth=0')
     assert answer(page)[0].startswith("GPU0 runs F0 from")
@@ -377,5 +406,5 @@ def test_the_program_writes_one_file_and_says_where(run, tmp_path):
     assert (status, err) == (0, "")
     assert sorted(p.name for p in tmp_path.rglob("*.html")) == ["pipeline.html"] * 2
     data = page_data({**PLAN_CONFIG, "schedule": str(tmp_path / "my.csv")})
-    assert data["plans"][data["first"]]["name"] == "my.csv"
+    assert data["plans"][data["first"]]["name"] == "my"
     assert data["settings"].startswith("2 GPUs, 2 microbatches per batch")

@@ -281,7 +281,7 @@ def test_with_recompute_a_backward_shows_the_time_of_its_forward_too(program):
 # ---------------------------------------------------------------------------- what it refuses
 
 WHOLE = "must be a whole number from 1 to 10,000,000"
-TIME = "must be a number, or a list, one per stage, from"
+TIME = "must be a number, or one per stage, from"
 BAD_FLAGS = {
     "--num_stages 0": f"num_stages=0 {WHOLE}",
     "--num_stages 2.5": f"num_stages=2.5 {WHOLE}",
@@ -293,6 +293,7 @@ BAD_FLAGS = {
     "--learning_rate 0": "learning_rate=0 must be a number from 1e-30 to 1e+30",
     "--learning_rate nan": "learning_rate='nan' must be",
     "--schedule nope": "schedule='nope' must be one of naive, gpipe, 1f1b, pipedream",
+    "--schedule my.csv": "pipedream (others, and CSV files: python -m pipedream why)",
     "--network nope": "network='nope' must be one of residual, transformer",
     "--network transformer --hidden_size 30": "hidden_size=30 must be a multiple of",
     "--momentum 1.1": "momentum=1.1 must be a number from 0 to 1",

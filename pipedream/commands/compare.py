@@ -3,7 +3,8 @@
     python -m pipedream compare                        and schedules.png
     python -m pipedream compare --schedule my.csv      with the rows of a file beside ours
 
-Times are simulated; losses, accuracy and bytes are measured.
+Times are simulated; losses, accuracy and bytes are measured. The defaults are not the story's: they
+are sizes that all schedules can run, and times as the papers assume them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,37 +16,76 @@ from torch.nn.utils import parameters_to_vector
 
 import pipedream_simple as simple
 from pipedream.backstage.audit import plain_training
-from pipedream.backstage.measures import rounded
-from pipedream.backstage.output import draw_and_write
+from pipedream.backstage.measures import peak_in_flight, peak_versions, rounded, tick
+from pipedream.backstage.output import check_output, draw_and_write
+from pipedream.backstage.text import progress
 from pipedream.schedules.files import file_of
 from pipedream.schedules.halves import train_plan
 from pipedream.schedules.memory import Bytes, MemoryMeter, memory_formula
 from pipedream.schedules.plans import Plan, all_plans, format_plans
 
 FLAGS = {"--out DIR": "for the picture"}
+DEFAULTS = {"num_microbatches": 8, "backward_time": 2, "layers_per_stage": 2, "chunks_per_gpu": 2}
 
-LEGEND = """\
-   From GPU0 to the last, each at its peak: microbatches in flight (interleaved:
-   each on one chunk of the GPU), weight versions kept, and updates missed
-   (stale). KiB: bytes that exist, counted; in all: activations, weights, their
-   gradients and velocities. loss: of the last batch. to SGD: the largest
-   difference of a weight from plain training without a pipeline, in float64."""
+SLOW = 0.5  # of a GPU's forward, for a message
+SIMULATED = """\
+   From GPU0 to the last, each at its peak: microbatches in flight (one that is on
+   one of a GPU's V stages counts 1/V), weight versions kept, and updates missed
+   (stale). At 1F1B's memory: no GPU holds more microbatches than GPU0 does with
+   1f1b, nor a second weight version."""
+MEASURED = """\
+   KiB: bytes that exist, counted, at each GPU's peak; in all: activations,
+   weights, their gradients and velocities. loss: of the last batch. to SGD: the
+   largest difference of a weight from plain training without a pipeline, in
+   float64."""
 
 
 def main(config: dict, out: Path = Path()) -> None:
+    check_output(out / "schedules.png")
     plans, reasons = all_plans(config)
     path, named = out / "schedules.png", {plan.name: plan for plan in plans}
+    print("Simulated:", *format_plans("schedule", named, named["naive"]), SIMULATED, sep="\n")
+    print("", *answers(config, plans), *reasons, sep="\n", flush=True)
     title = draw_and_write(partial(draw_plans, plans), path, file_of(config))
-    print("Simulated:", *format_plans("schedule", named, named["naive"]), sep="\n")
-    print("\nTrained and measured:", *measured_lines(plans), *reasons, sep="\n")
-    print(f"\n{path}: {title}")
+    print(f"\n{path}: {title}", flush=True)
+    print("\nTrained and measured:", *measured_lines(plans), sep="\n")
+
+
+def answers(config: dict, plans: list[Plan]) -> Iterator[str]:
+    """The fastest; with fresh gradients, if that is another; at 1F1B's memory; with slow links."""
+    plans = without_variants(plans)
+    (most,) = (max(peak_in_flight(plan.schedule)) for plan in plans if plan.name == "1f1b")
+    yield f"The fastest: {name_fastest(plans)}"
+    fresh = [plan for plan in plans if max(peak_versions(plan.schedule)) == 1]
+    if name_fastest(fresh) != name_fastest(plans):
+        yield f"... with fresh gradients: {name_fastest(fresh)}"
+    small = [plan for plan in fresh if max(peak_in_flight(plan.schedule)) <= most]
+    yield f"The fastest at 1F1B's memory: {name_fastest(small)}"
+    links, comm_time = "free", 0.0
+    if not any(simple.per_stage(config, "comm_time")):
+        links, comm_time = "slow", SLOW * min(simple.per_stage(config, "forward_time"))
+    others = without_variants(all_plans({**config, "comm_time": comm_time})[0])
+    yield f"The fastest with {links} links, --comm_time {comm_time:g}: {name_fastest(others)}"
+
+
+def name_fastest(plans: list[Plan]) -> str:
+    """The names of the fastest, and their time."""
+    times = {plan.name: tick(simple.makespan(plan.events)) for plan in plans}
+    least = min(times.values())
+    return f"{', '.join(name for name in times if times[name] == least)} ({least:.7g})"
+
+
+def without_variants(plans: list[Plan]) -> list[Plan]:
+    """PipeDream's other ways with its weights take the same time."""
+    return [plan for plan in plans if plan.name == plan.name.strip()]
 
 
 def measured_lines(plans: list[Plan]) -> list[str]:
     """Train on every plan: a table, its legend, and whether memory_formula predicted the memory."""
     table = [["schedule", "loss", "accuracy", "to SGD", "KiB of activations", "KiB in all"]]
     agree: list[bool] = []
-    for plan, error in zip(plans, distances(plans), strict=True):
+    for number, (plan, error) in enumerate(zip(plans, distances(plans), strict=True), start=1):
+        progress(f"training as {plan.name.strip()}, {number} of {len(plans)}")
         meter = MemoryMeter(plan.schedule)
         run = meter.train(plan)
         cells = f"{run.losses[-1]:.4f}", f"{run.test_accuracy:.1%}", f"{error:.1e}"
@@ -53,9 +93,10 @@ def measured_lines(plans: list[Plan]) -> list[str]:
         table.append([plan.name, *cells, activations, in_kib(map(sum, meter.peak))])
         if plan.config["network"] == "residual":
             agree += map(Bytes.__eq__, meter.peak, memory_formula(plan))
+    progress("")
     again = [simple.RECOMPUTED] * plans[0].config["recompute"]
     formula = f"   Memory is as memory_formula predicts on {sum(agree)} of {len(agree)} GPUs."
-    return [*simple.format_table(table), LEGEND, *again, *([formula] if agree else [])]
+    return [*simple.format_table(table), MEASURED, *again, *([formula] if agree else [])]
 
 
 def in_kib(per_gpu: Iterable[int]) -> str:
@@ -74,7 +115,7 @@ def distances(plans: list[Plan]) -> Iterator[float]:
 
 def draw_plans(plans: list[Plan], visual):
     """The simulated runs one below the other on one time axis, until the slowest but naive ends."""
-    plans = [plan for plan in plans if plan.name == plan.name.strip()]  # variants look the same
+    plans = without_variants(plans)
     runs = [(plan, rounded(plan.events)) for plan in plans]
     ends = {plan.name: simple.makespan(events) for plan, events in runs}
     until = max([end for name, end in ends.items() if name != "naive"], default=ends["naive"])

@@ -36,7 +36,7 @@ from pipedream.planning.clock import measure_message, measure_stages, microbatch
 from pipedream.processes.engine import Report, check_engine, difference, gather, run_rank
 from pipedream.processes.launch import become_rank, in_group, launch, say
 from pipedream.schedules.halves import train_plan
-from pipedream.schedules.plans import Plan, make_plan, schedule_name, times_of
+from pipedream.schedules.plans import Plan, make_plan, run_rows, schedule_name
 from pipedream_simple import UserError, build_stages, count, format_per_gpu, format_table
 
 FLAGS = {
@@ -126,7 +126,7 @@ def run_process(plan: Plan, device: torch.device, timeout: float, repeats: int) 
 
 
 def format_start(plan: Plan, device: torch.device) -> str:
-    """What is about to run, and on what."""
+    """What is about to run_rows, and on what."""
     name, keeps = schedule_name(plan.config)
     cores, threads = count(num_cores(), "core"), count(torch.get_num_threads(), "thread")
     where = f"{cores}, {threads} per process; gloo"
@@ -213,7 +213,7 @@ def time_plain_training(config: dict) -> float:
 def simulated_time(plan: Plan, times: dict[str, list[float]], message: float) -> float:
     """The time of a batch, when the ops of each stage and a message between ranks take so long."""
     config = {**plan.config, **times, "comm_time": message, "weight_gradient_time": 0}  # 0: half
-    events = simple.simulate(plan.schedule, config, times_of(config))
+    events, _ = run_rows(plan.schedule, config, plan.pairs)
     return simple.makespan(events) / config["num_batches"]
 
 

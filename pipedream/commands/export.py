@@ -18,7 +18,8 @@ FLAGS = {"FILE": "to write: a name that ends in .csv"}
 
 def main(config: dict, file: Path) -> None:
     plan = make_plan({**config, "num_batches": 1})
-    rows = [[op for op in row if op.kind != "U"] for row in plan.schedule]
+    ops = [[op for op in row if op.kind != "U"] for row in plan.schedule]
+    rows = [[(s, k + "&" * ((s, k, m) in plan.pairs), m) for s, k, m, _ in row] for row in ops]
     write(file, partial(write_csv, rows), file_of(config), ".csv")
     sizes = count(len(rows), "GPU"), count(plan.config["num_stages"], "stage")
     print(f"{file}: {plan.name}, {', '.join(sizes)}, {count(sum(map(len, rows)), 'op')}")

@@ -19,13 +19,13 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
-from pipedream.backstage.measures import CAUSES, dependencies, idle_times, rounded, short_name
+from pipedream.backstage.measures import CAUSES, held_by, idle_times, short_name
 from pipedream.backstage.output import write
 from pipedream.schedules.files import file_of
 from pipedream.schedules.plans import Plan, all_plans, schedule_name, variant_of
 from pipedream.schedules.reasons import SAYS, Reasons, critical_path
 from pipedream.schedules.rows import LIBRARY
-from pipedream_simple import Op, UserError, count, last_readers, memory_held, utilization
+from pipedream_simple import Op, UserError, count, last_readers, utilization
 
 FLAGS = {"--out DIR": "folder for the page"}
 
@@ -99,29 +99,30 @@ def plan_data(plan: Plan) -> dict:
             the op that could have run]
     path    the ops of the critical path
     """
-    plan = plan._replace(events=rounded(plan.events))
+    plan = plan.rounded()
     reasons, texts = Reasons(plan), dict[str, int]()  # each text once -> its number
 
     def number(text: str) -> int:
         return texts.setdefault(text, len(texts))
 
-    times = sorted({time for event in plan.events for time in (event.start, event.end)})
+    gaps = idle_times(plan.events, plan.links)
+    times = sorted({time for found in (*plan.events, *gaps) for time in (found.start, found.end)})
     place = {time: i for i, time in enumerate(times)}
     number_of = {event: i for i, event in enumerate(plan.events)}
-    held = [zip(memory_held(row), kept_versions(row), strict=True) for row in plan.schedule]
+    held = [zip(held_by(row), kept_versions(row), strict=True) for row in plan.schedule]
     ops, idle = [], []
-    for event, _, needed in dependencies(plan.events):
-        op, device, start, end = event
+    for event, start in reasons.starts.items():
+        op, device, begin, end = event
         (in_flight, _), kept = next(held[device])
         what = [device, short_name(event), op.kind, op.microbatch, op.version]
-        when = [place[start], place[end], number_of[needed] if needed else -1]
+        when = [place[begin], place[end], number_of[start.needed] if start.needed else -1]
         ops.append([*what, *when, number(reasons.reads(op)), in_flight, number(kept)])
-    for gap in idle_times(plan.events):
+    for gap in gaps:
         order, other = reasons.order(gap)
         when = [place[gap.start], place[gap.end]]
         named = [number_of[e] if e else -1 for e in (gap.next, gap.needed, other)]
         idle.append([gap.device, *when, gap.cause, *named[:2], number(order), named[2]])
-    path = [number_of[event] for event in critical_path(plan.events)]
+    path = [number_of[event] for event in critical_path(plan)]
     names = {"name": plan.name.strip(), "about": about(plan), "gpus": len(plan.schedule)}
     names["busy"] = f"{utilization(plan.events):.1%}"
     return {**names, "times": times, "texts": [*texts], "ops": ops, "idle": idle, "path": path}

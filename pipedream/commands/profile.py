@@ -16,7 +16,7 @@ from pipedream.backstage.output import write
 from pipedream.backstage.text import shorten
 from pipedream.planning.clock import describe_layers, measure_stages, microbatch_size, time_message
 from pipedream.planning.profiles import write_chain
-from pipedream.schedules.plans import Plan, all_plans, times_of
+from pipedream.schedules.plans import Plan, all_plans, run_rows, times_of
 
 FLAGS = {"[FILE]": "my.csv: what the layers cost"}
 TAKES = (
@@ -89,4 +89,5 @@ def with_updates(plan: Plan, update: list[float]) -> list[simple.Event]:
     """The plan's events if the update of a GPU takes time; all its stages together take that."""
     on_gpu = zip(update, ({op.stage for op in row} for row in plan.schedule), strict=True)
     of_stage = {s: time / len(stages) for time, stages in on_gpu for s in stages}
-    return simple.simulate(plan.schedule, plan.config, {**times_of(plan.config), "U": of_stage})
+    times = {**times_of(plan.config), "U": of_stage}
+    return run_rows(plan.schedule, plan.config, plan.pairs, times)[0]

@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipedream.backstage.measures import held_by
 from pipedream.backstage.output import write
 from pipedream.schedules.files import file_of
 from pipedream.schedules.plans import Plan, make_plan
-from pipedream_simple import Event, count, inputs_of, memory_held, result_of
+from pipedream_simple import Event, count, inputs_of, result_of
 
 FLAGS = {"FILE": "to write: a name that ends in .json"}
 
@@ -36,12 +37,13 @@ def trace_events(plan: Plan) -> Iterator[dict]:
     for device in range(len(plan.schedule)):
         yield {"ph": "M", "name": "process_name", "pid": device, "args": {"name": f"GPU{device}"}}
     made = {result_of(event.op): event for event in plan.events}
-    sent, held_by = itertools.count(), [iter(memory_held(row)) for row in plan.schedule]
+    sent, held = itertools.count(), [iter(held_by(row)) for row in plan.schedule]
     for event in plan.events:
         op, device, start, end = event
         counters = "microbatches in flight", "weight versions"
-        for what, held in zip(counters, next(held_by[device]), strict=True):
-            yield {"ph": "C", "name": what, "pid": device, "ts": 1000 * end, "args": {"held": held}}
+        for what, number in zip(counters, next(held[device]), strict=True):
+            args = {"held": number}
+            yield {"ph": "C", "name": what, "pid": device, "ts": 1000 * end, "args": args}
         here = {"pid": device, "tid": 0, "ts": 1000 * start, "args": op._asdict()}
         if op.kind == "U":
             yield {**here, "ph": "i", "s": "p", "name": f"update to v{op.version + 1}"}

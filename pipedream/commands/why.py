@@ -10,7 +10,7 @@ import itertools
 import textwrap
 from collections.abc import Sequence
 
-from pipedream.backstage.measures import CAUSES, Idle, idle_times, rounded, short_name
+from pipedream.backstage.measures import CAUSES, Idle, idle_times, short_name
 from pipedream.backstage.text import shorten
 from pipedream.schedules.plans import Plan, make_plan
 from pipedream.schedules.reasons import critical_path, explain_moment
@@ -24,19 +24,19 @@ FLAGS = {
 LEGEND = """\
    Times are simulated; the row "all" adds up the GPUs. Idle: fill, before the
    first op of a GPU; wait, for a result that another GPU has yet to make; send,
-   for one that is on its way; drain, after its last op. critical: time on a
-   critical path, a chain of ops that sets the makespan."""
+   for its way on a free link; link, for the others that the link carries first;
+   drain, after its last op. critical: time on a critical path, a chain of ops
+   that sets the makespan."""
 
 
 def main(config: dict, gpu: int | None = None, time: float | None = None) -> None:
-    plan = make_plan(config)
-    plan = plan._replace(events=rounded(plan.events))
+    plan = make_plan(config).rounded()
     if (gpu is None) != (time is None):
         raise UserError("--gpu and --time go together: --gpu 0 --time 4")
     if gpu is not None and time is not None:
         print("\n".join(answer(plan, gpu, time)))
         return
-    path, again = critical_path(plan.events), [RECOMPUTED] * config["recompute"]
+    path, again = critical_path(plan), [RECOMPUTED] * config["recompute"]
     print(plan, *format_bubble(plan, path), LEGEND, *again, "", sep="\n")
     print("\n".join(shorten(format_table(path_table(plan, path)), 16, "steps")))
 
@@ -52,9 +52,10 @@ def answer(plan: Plan, gpu: int, time: float) -> list[str]:
 
 def format_bubble(plan: Plan, path: list[Event]) -> list[str]:
     """Where the time of each GPU went, and of all together."""
-    over, gaps = makespan(plan.events), idle_times(plan.events)
+    over, gaps = makespan(plan.events), idle_times(plan.events, plan.links)
     by_cause = ([gap for gap in gaps if gap.cause == cause] for cause in CAUSES)
-    columns: list[Sequence[Event | Idle]] = [plan.events, *by_cause, gaps, path]
+    busy = [*{event[1:]: event for event in plan.events}.values()]  # of a pair only one
+    columns: list[Sequence[Event | Idle]] = [busy, *by_cause, gaps, path]
     rows = {
         f"GPU{gpu}": [sum(e.end - e.start for e in found if e.device == gpu) for found in columns]
         for gpu in range(len(plan.schedule))

@@ -1,5 +1,7 @@
 """What do the layers of a network cost? Files that say so: our CSV, and PipeDream's profiles."""
 
+import heapq
+import itertools
 import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -100,14 +102,14 @@ def read_graph(text: str, name: str) -> list[Layer]:
     nodes, edges = read_nodes(text, name)
     inputs = {key for key, layer in nodes.items() if layer.name.startswith("Input")}
     edges = [edge for edge in edges if not inputs & {*edge}]
-    order = in_order([key for key in nodes if key not in inputs], edges, name)
-    layers = []
-    for place, key in enumerate(order):
-        later = {*order[place + 1 :]}
-        needed = {k for k, reader in edges if reader in later}
-        sent = sum(nodes[k].activation for k in order[: place + 1] if k in needed)
-        layers.append(nodes[key]._replace(sent=sent))
-    return layers
+    place = {k: i for i, k in enumerate(in_order([*(nodes.keys() - inputs)], edges, name))}
+    last_reader = dict(sorted(edges, key=lambda edge: place[edge[1]]))  # of an output
+    change = [0.0] * len(place)  # of what a cut after a layer sends
+    for key, reader in last_reader.items():
+        change[place[key]] += nodes[key].activation
+        change[place[reader]] -= nodes[key].activation
+    sent = itertools.accumulate(change)
+    return [nodes[key]._replace(sent=number) for key, number in zip(place, sent, strict=True)]
 
 
 def read_nodes(text: str, name: str) -> tuple[dict[str, Layer], list[Edge]]:
@@ -132,9 +134,10 @@ def in_order(keys: list[str], edges: list[Edge], name: str) -> list[str]:
 
     PipeDream numbers the nodes as they ran, so this is that order.
     """
-    sorter = TopologicalSorter(dict.fromkeys(keys, ()))
+    known = dict.fromkeys(keys, ())
+    sorter = TopologicalSorter(known)
     for key, reader in edges:
-        if {key, reader} - {*keys}:
+        if key not in known or reader not in known:
             raise UserError(f"{name}: the edge {shown(f'{key} -- {reader}')} lacks a node")
         sorter.add(reader, key)
     try:
@@ -142,9 +145,10 @@ def in_order(keys: list[str], edges: list[Edge], name: str) -> list[str]:
     except CycleError as error:
         cycle = " -- ".join(shorten(error.args[1], 6, "nodes"))
         raise UserError(f"{name}: the graph has a cycle, {cycle[:200]}") from None
-    ready, order = list[str](), list[str]()
+    ready, order = list[tuple[int, str]](), list[str]()
     while sorter.is_active():
-        ready = sorted([*ready, *sorter.get_ready()], key=lambda key: (len(key), key))
-        order.append(ready.pop(0))
+        for key in sorter.get_ready():
+            heapq.heappush(ready, (len(key), key))
+        order.append(heapq.heappop(ready)[1])
         sorter.done(order[-1])
     return order

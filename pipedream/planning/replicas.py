@@ -55,7 +55,8 @@ def simulate_replicas(
         end, copies = (op.microbatch // in_batch + 1) * in_batch, replicas[op.stage]
         return [(op.stage, "B", m) for m in range(end - copies, end)]
 
-    events = simple.simulate(schedule, config, times, inputs)
+    takes = times and (lambda op: times[op.kind][op.stage])
+    events = simple.simulate(schedule, config, takes, inputs)
     # At the same moment, an update comes before what reads its result.
     return schedule, sorted(events, key=lambda event: (event.start, event.op.kind != "U"))
 

@@ -1,7 +1,8 @@
 """How is a schedule written to a file, and read again?
 
-The format of torch.distributed.pipelining, without sends and receives: one line per GPU, one cell
-per op (0F0, 1B3, 2I1, 2W1). An empty cell is an idle slot, and skipped: the simulator finds them.
+The format of torch.distributed.pipelining: one line per GPU, one cell per op (0F0, 1B3, 2I1, 2W1),
+or per pair of ops at once, (0F4;7B0)OVERLAP_F_B. Empty cells, which are idle slots, and cells about
+messages (0SEND_F0) or sharding (0UNSHARD) are skipped: the simulator finds idle times and messages.
 """
 
 import csv
@@ -12,10 +13,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipedream.backstage.text import shown
-from pipedream_simple import Step, UserError
+from pipedream_simple import Step, UserError, count
 
 CELL = re.compile(r"([0-9]{1,6})([FBIW])([0-9]{1,6})")
-OVERLAPPED = re.compile(r"\((.+);(.+)\)OVERLAP_F_B")  # two ops at once: here one after the other
+PAIR = re.compile(r"\(([^;]+);([^;]+)\)OVERLAP_F_B")  # two ops at once, F and B in any order
+SKIPPED = re.compile(r"[0-9]+(UNSHARD|RESHARD|REDUCE_GRAD|(SEND|RECV)_[FB][0-9]+)|")
 
 
 def file_of(config: dict) -> Path | None:
@@ -57,19 +59,25 @@ def read_csv(path: Path) -> list[list[Step]]:
 
 
 def read_row(line: list[str], place: str) -> Iterator[Step]:
-    """The steps in the cells of one line."""
+    """The steps in the cells of one line. A pair is an F& and the backward that runs with it."""
     for column, cell in enumerate(map(str.strip, line), start=1):
-        both = OVERLAPPED.fullmatch(cell)
-        for text in both.groups() if both else [cell] if cell else []:
-            step = CELL.fullmatch(text)
-            if not step:
-                wrong = f"{place}, column {column}: {shown(text)}"
-                raise UserError(f"{wrong} is not an op such as 0F0 or 2W1")
-            yield int(step[1]), step[2], int(step[3])
+        both = PAIR.fullmatch(cell)
+        texts = both.groups() if both else () if SKIPPED.fullmatch(cell) else (cell,)
+        steps = [CELL.fullmatch(text.strip()) for text in texts]
+        kinds = sorted(step[2] for step in steps if step)
+        if len(kinds) < len(steps) or (both and kinds not in (["B", "F"], ["F", "I"])):
+            wrong = f"{place}, column {column}: {shown(cell)}"
+            raise UserError(f"{wrong} is not an op such as 0F0 or 2W1, or (0F4;7B0)OVERLAP_F_B")
+        for step in sorted(filter(None, steps), key=lambda step: step[2] != "F"):
+            kind = "F&" if both and step[2] == "F" else step[2]
+            yield int(step[1]), kind, int(step[3])
 
 
 def check_rows(rows: list[list[Step]], name: str) -> None:
-    """Raise a UserError unless each stage runs each microbatch once, on one GPU, in order."""
+    """Raise a UserError unless each stage runs each microbatch once, on one GPU, in order.
+
+    And an F& is followed by the backward with which it runs.
+    """
     host: dict[int, int] = {}
     kinds: dict[tuple[int, int], str] = {}  # (stage, microbatch) -> F, then B or I and W
     for device, row in enumerate(rows):
@@ -78,7 +86,10 @@ def check_rows(rows: list[list[Step]], name: str) -> None:
         for stage, kind, m in row:
             if host.setdefault(stage, device) != device:
                 raise UserError(f"{name}: stage {stage} is on GPU{host[stage]} and on GPU{device}")
-            kinds[stage, m] = kinds.get((stage, m), "") + kind
+            kinds[stage, m] = kinds.get((stage, m), "") + kind.rstrip("&")
+        for (stage, kind, m), (_, after, _) in itertools.pairwise([*row, (0, "", 0)]):
+            if kind == "F&" and after not in ("B", "I"):
+                raise UserError(f"{name}: {stage}F&{m} must come right before a backward")
     if not kinds:
         raise UserError(f"{name} has no ops")
     for stage, m in itertools.product(range(1 + max(host)), range(1 + max(m for _, m in kinds))):
@@ -90,6 +101,14 @@ def check_rows(rows: list[list[Step]], name: str) -> None:
 
 def write_csv(rows: Iterable[Iterable[tuple]], path: Path) -> None:
     """Rows of (stage, kind, microbatch, ...) of one batch, in PyTorch's format, without idles."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        lines = csv.writer(file, lineterminator="\n")
-        lines.writerows([f"{stage}{kind}{m}" for stage, kind, m, *_ in row] for row in rows)
+    texts = (",".join(f"{stage}{kind}{m}" for stage, kind, m, *_ in row) for row in rows)
+    joined = (re.sub(r"(\d+F)&(\d+),(\w+)", r"(\1\2;\3)OVERLAP_F_B", text) for text in texts)
+    path.write_text("".join(f"{text}\n" for text in joined), "utf-8")
+
+
+def what_was_skipped(path: Path) -> str:
+    """A sentence about the cells of a file that read_csv does not need, if it has some."""
+    cells = (cell.strip() for line in read_cells(read_text(path), path) for cell in line)
+    number = sum(bool(cell) and SKIPPED.fullmatch(cell) is not None for cell in cells)
+    cells_of = f"{count(number, 'cell')} about messages or sharding"
+    return f"{cells_of} left out: the simulator finds messages itself." if number else ""

@@ -1,22 +1,32 @@
 """What do the GPUs do in the whole run, and when? Any schedule or CSV file, simulated."""
 
+import contextlib
 import inspect
+import itertools
+import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pipedream_simple as simple
-from pipedream.backstage.measures import peak_in_flight, peak_versions, staleness
+from pipedream.backstage.measures import (
+    in_short,
+    peak_in_flight,
+    peak_versions,
+    rounded,
+    staleness,
+)
 from pipedream.backstage.text import shorten, shown
-from pipedream.schedules.files import check_rows, file_of, read_csv
+from pipedream.schedules.files import check_rows, file_of, read_csv, what_was_skipped
 from pipedream.schedules.rows import LIBRARY, limited
 
 PLAN_CONFIG = {
     **simple.CONFIG,
-    "chunks_per_gpu": 3,  # stages on each GPU, for the interleaved schedule
+    "chunks_per_gpu": 3,  # stages on each GPU: interleaved, looped-bfs, interleaved-zb
+    "overlap_time": 1,  # of a forward and a backward at once (dualpipe-v): a part of the two alone
     "in_flight": 0,  # microbatches in flight on GPU0, for 1f1b and pipedream; 0: num_stages
     "weight_gradient_time": 0,  # W's part of a backward, or one per stage; 0: half of it
 }
@@ -24,6 +34,7 @@ PLAN_RULES = {
     **simple.RULES,
     "chunks_per_gpu": (int, 1, 1_000_000),
     "in_flight": (int, 0, 1_000_000),
+    "overlap_time": (float, 0.01, 1),
     "weight_gradient_time": simple.RULES["comm_time"],
 }
 
@@ -35,6 +46,13 @@ class Plan(NamedTuple):
     config: dict  # PLAN_CONFIG's keys; num_stages counts stages, not GPUs
     schedule: simple.Schedule
     events: list[simple.Event]
+    links: dict[tuple[int, int], list[simple.Event]]  # (from, to) -> messages, as simulate has them
+    pairs: frozenset[simple.Step] = frozenset()  # the F that run at the same time as the next op
+
+    def rounded(self) -> "Plan":
+        """The same with times as in tick: ops and messages that follow each other meet."""
+        links = {ends: rounded(link) for ends, link in self.links.items()}
+        return self._replace(events=rounded(self.events), links=links)
 
     def __str__(self) -> str:
         time, busy = simple.makespan(self.events), simple.utilization(self.events)
@@ -55,19 +73,58 @@ def make_plan(config: dict) -> Plan:
     name = config["schedule"]
     num_devices, in_batch, num_batches = (config[key] for key in simple.SIZES)
     list_batch, flush = batch_lister(config)
-    few = min(in_batch, num_devices)  # microbatches: enough to see which GPU holds which stage
+    few = min(in_batch, 2 * num_devices)  # microbatches: enough to see who holds which stage
     config = in_stages(config, simple.list_run(list_batch, True, num_devices, few, 1))
     rows = simple.list_run(list_batch, flush, num_devices, in_batch, num_batches)
     check_rows(rows, name[-200:])
+    pairs = frozenset((s, "F", m) for row in rows for s, kind, m in row if kind == "F&")
+    rows = [[(s, kind.rstrip("&"), m) for s, kind, m in row] for row in rows]
     switches = config["weight_stashing"], config["vertical_sync"]
     schedule = simple.pin_versions(rows, in_batch, *switches)
     try:
-        events = simple.simulate(schedule, config, times_of(config))
+        events, links = run_rows(schedule, config, pairs)
     except ValueError as error:  # a deadlock
         waits = ", ".join(shorten(str(error).split(", "), 4, "GPUs"))
         raise simple.UserError(f"{name[-200:]}: {waits}") from None
-    short = Path(name).name[-16:].encode("ascii", "replace").decode().replace("$", "?")
-    return Plan(short, config, schedule, events)
+    return Plan(label(name), config, schedule, events, links, pairs)
+
+
+def run_rows(schedule: simple.Schedule, config: dict, pairs: Container, times: dict | None = None):
+    """The events of a schedule, as simulate finds them, and what the links carry meanwhile.
+
+    pairs: each of these F is one op with the backward that comes next in its row. It starts when
+    both inputs are there, and takes overlap_time times as long as the two alone; then both results
+    are there. times: as of times_of, which they replace.
+    """
+    times, links = times or times_of(config), dict[tuple[int, int], list[simple.Event]]()
+    neighbors = itertools.chain.from_iterable(map(itertools.pairwise, schedule))
+    second = {op: other for op, other in neighbors if op[:3] in pairs}
+    seconds = {*second.values()}
+
+    def takes(op: simple.Op) -> float:
+        alone = times[op.kind][op.stage]
+        if other := second.get(op):
+            return config["overlap_time"] * (alone + times[other.kind][other.stage])
+        return 0 if op in seconds else alone
+
+    def inputs(op: simple.Op, num_stages: int) -> list[simple.Step]:
+        ops = [op, second[op]] if op in second else [] if op in seconds else [op]
+        return [step for each in ops for step in simple.inputs_of(each, num_stages)]
+
+    events = simple.simulate(schedule, config, takes, inputs, links)
+    start = {second[e.op]: e.start for e in events if e.op in second}
+    events = [e._replace(start=start.get(e.op, e.start)) for e in events]
+    return sorted(events, key=lambda event: event.start), links
+
+
+def label(name: str) -> str:
+    """A schedule's name; or a short one for a file, different from those of the schedules."""
+    if name in LIBRARY:
+        return name
+    stem = (
+        Path(name).stem.strip().encode("ascii", "replace").decode().replace("$", "?")[:16].strip()
+    )
+    return f"{stem or 'file'}.csv" if stem in ("", *LIBRARY) else stem
 
 
 def batch_lister(config: dict) -> tuple[Callable[..., Iterable[simple.Step]], bool]:
@@ -97,7 +154,10 @@ def in_stages(config: dict, rows: list[list[simple.Step]]) -> dict:
     num_layers = config["num_stages"] * config["layers_per_stage"]
     if num_layers % num_stages:
         what = f"num_stages * layers_per_stage is {simple.count(num_layers, 'layer')}"
-        raise simple.UserError(f"{what}, which cannot be split evenly into {num_stages} stages")
+        step = num_stages // math.gcd(num_stages, config["num_stages"])  # a multiple of it divides
+        advice = f"try --layers_per_stage {step * math.ceil(config['layers_per_stage'] / step)}"
+        stages = f"{num_stages} stages, on {simple.count(config['num_stages'], 'GPU')}"
+        raise simple.UserError(f"{what}, which cannot be split evenly into {stages}: {advice}")
     cut = {**config, "num_stages": num_stages, "layers_per_stage": num_layers // num_stages}
     for key in ("forward_time", "backward_time", "weight_gradient_time", "comm_time"):
         per_gpu = simple.per_stage(config, key)
@@ -142,8 +202,31 @@ def settle(config: dict, given: Iterable[str] = ()) -> dict:
         if key in given and config[key] != size:
             file_has = f"in {str(file)[-200:]} it is {size}: leave out the flag"
             raise simple.UserError(f"{key}={shown(config[key])}, but {file_has}")
+    number, batch_size = sizes.get("num_microbatches", 1), config["batch_size"]
+    if isinstance(batch_size, int) and batch_size % number:
+        rule = f"must be a multiple of the {number} microbatches in {str(file)[-200:]}"
+        advice = f"try --batch_size {number * math.ceil(batch_size / number)}"
+        raise simple.UserError(f"batch_size={batch_size} {rule}: {advice}")
     check_plan_config({**config, **sizes})
     return {**config, **sizes}
+
+
+def describe_file(config: dict) -> list[str]:
+    """Of a CSV file: which schedule's rows these are, and what was left out of it."""
+    if not (file := file_of(config)):
+        return []
+    rows, names = read_csv(file), []
+    sizes = len(rows), 1 + max(m for row in rows for _, _, m in row)
+    stages = len({stage for stage, *_ in rows[0]})
+    for name, (list_batch, flush) in LIBRARY.items():
+        more = [stages] * ("stages_per_gpu" in inspect.signature(list_batch).parameters)
+        with contextlib.suppress(simple.UserError):  # not at these sizes
+            if flush and rows == [
+                [*list_batch(device, *sizes, *more)] for device in range(len(rows))
+            ]:
+                names.append(name)
+    said = f"{label(config['schedule'])}: these are the rows of {', '.join(names)}."
+    return [said] * bool(names) + [*filter(None, [what_was_skipped(file)])]
 
 
 def check_plan_config(config: dict) -> None:
@@ -205,10 +288,11 @@ def all_plans(config: dict) -> tuple[list[Plan], list[str]]:
 def format_plans(heading: str, plans: dict[str, Plan], naive: Plan) -> list[str]:
     """A table, one line per plan: speed-up over naive; the last three per GPU, at their peaks."""
     table = [[heading, "time", "speed-up", "busy", "in flight", "versions", "stale"]]
-    for name, (_, config, schedule, events) in plans.items():
+    for name, plan in plans.items():
+        _, config, schedule, events, *_ = plan
         time, busy = simple.makespan(events), simple.utilization(events)
         cells = [f"{time:.7g}", f"{simple.makespan(naive.events) / time:.2f}x", f"{busy:.1%}"]
         stale = staleness(schedule, config["num_microbatches"])
-        per_gpu = peak_in_flight(schedule), peak_versions(schedule), stale
-        table.append([name, *cells, *map(simple.format_per_gpu, per_gpu)])
+        per_gpu = in_short(peak_in_flight(schedule)), peak_versions(schedule), stale
+        table.append([name, *cells, *(simple.format_per_gpu([*each]) for each in per_gpu)])
     return simple.format_table(table)

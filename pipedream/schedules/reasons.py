@@ -1,25 +1,45 @@
 """Why does a GPU wait, why in this order, and why on these weights? Told from rows and events."""
 
-from pipedream.backstage.measures import Idle, dependencies, idle_times, rounded, short_name, tick
+from pipedream.backstage.measures import (
+    Idle,
+    deciding,
+    dependencies,
+    held_by,
+    held_up,
+    idle_times,
+    in_short,
+    partners,
+    short_name,
+    tick,
+)
 from pipedream.backstage.text import clock
 from pipedream.schedules.plans import Plan
 from pipedream.schedules.rows import LIBRARY
-from pipedream_simple import Event, Op, Step, count, memory_held, per_stage
+from pipedream_simple import Event, Op, Step
 
 
-def critical_path(events: list[Event]) -> list[Event]:
+def critical_path(plan: Plan) -> list[Event]:
     """A chain of ops that sets the makespan: none of them could have started any earlier.
 
-    Each starts when the previous one has ended, on the same GPU, or when its result arrives. There
-    may be several such chains. Times must be rounded, so that ops that follow each other meet.
+    Each starts when the previous one has ended, on the same GPU, or when its result arrives; or if
+    a busy link held that up, when the results before it have passed. There may be several such
+    chains. Times must be rounded, so that ops that follow each other meet.
     """
-    before = {event: (previous, needed) for event, previous, needed in dependencies(events)}
-    event: Event | None = max(events, key=lambda event: event.end)
+    waited, before = (
+        deciding(dependencies(plan.events, plan.links)),
+        held_up(plan.events, plan.links),
+    )
+    event_of = {event.op: event for event in plan.events}
+    event: Event | None = max(plan.events, key=lambda event: event.end)
     path = []
     while event:
         path.append(event)
-        previous, needed = before[event]
+        _, previous, needed, message = waited[event]
         event = previous if previous and previous.end == event.start else needed
+        if message and event is needed:
+            while message in before:  # back to the one that left as soon as it was made
+                message = before[message]
+            event = event_of[message.op]
     return path[::-1]
 
 
@@ -29,6 +49,7 @@ ORDER = {  # why does another op have to wait? About Idle.next {next} and the ot
     "update: the flush.",
     "limit": "{other} could run{since}, but GPU{device} already holds {held} in flight, its limit "
     "in this schedule.",
+    "pair": "{other} could run{since}, but it runs together with {next}.",
     "row": "{other} could run{since}, but this schedule puts {next} first.",
 }
 READS = {  # why does an op read its weight version {v}? Said of the op; {new} is the newest then
@@ -46,6 +67,7 @@ READS = {  # why does an op read its weight version {v}? Said of the op; {new} i
 }
 SAYS = {  # of an op
     "runs": "GPU{gpu} runs {op} from {start} to {end}.",
+    "with": "It runs together with {op}, as a pair: from when both inputs are there.",
     "needed": "Its input is from {op} of GPU{gpu}, done at {end}.",
     "needed by": "Its result goes to {op} of GPU{gpu}, at {start}.",
 }
@@ -61,15 +83,14 @@ class Reasons:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        comm_time = per_stage(plan.config, "comm_time")
+        self.starts = {start.event: start for start in dependencies(plan.events, plan.links)}
         self.ready: dict[Op, float] = {}  # when the input of an op is there
         self.place: dict[Op, int] = {}  # in its row
         self.newest: dict[Op, int] = {}  # version on the op's stage
         ended: dict[Step, float] = {}
-        for (op, device, _, end), _, needed in dependencies(plan.events):
-            travel = comm_time[needed.op.stage] if needed and needed.device != device else 0
-            arrived = needed.end + travel if needed else 0
-            self.ready[op] = ended[op.stage, "I", op.microbatch] if op.kind == "W" else arrived
+        for (op, _, _, end), start in self.starts.items():
+            is_w = op.kind == "W"
+            self.ready[op] = ended[op.stage, "I", op.microbatch] if is_w else start.arrived
             ended[op[:3]] = end
         for row in plan.schedule:
             made = {op.stage: 0 for op in row}
@@ -77,7 +98,8 @@ class Reasons:
                 self.place[op], self.newest[op] = place, made[op.stage]
                 made[op.stage] += op.kind == "U"
         self.event_of = {event.op: event for event in plan.events}
-        self.held = [[0, *(held for held, _ in memory_held(row))] for row in plan.schedule]
+        self.held = [[0, *(held for held, _ in held_by(row))] for row in plan.schedule]
+        self.pair = partners(plan.events)
         self.flushes = LIBRARY.get(plan.config["schedule"], (None, True))[1]  # a file does, too
         self.forward = {op[::2]: op for op in self.place if op.kind == "F"}
 
@@ -85,22 +107,30 @@ class Reasons:
         """Of an idle time: why does the row not put another op first? And which one could run?"""
         if idle.next is None:
             return "", None
-        row, place = self.plan.schedule[idle.device], self.place[idle.next.op]
+        row, pair = self.plan.schedule[idle.device], (idle.next, self.pair.get(idle.next))
+        place = min(self.place[event.op] for event in pair if event)
+        message = self.starts[idle.next].message if idle.cause == "link" else None
+        leaves = f"It leaves at {clock(message.start)}. " if message else ""
         start, end = tick(idle.start), tick(idle.end)
-        others = (op for op in row[place + 1 :] if op.kind != "U" and tick(self.ready[op]) < end)
-        other, held = next(others, None), self.held[idle.device]
+        others = (op for op in row[place:] if op != idle.next.op and op.kind != "U")
+        other = next((op for op in others if tick(self.ready[op]) < end), None)
+        held = self.held[idle.device]
         if other is None:
-            return ORDER["none"], None
+            return leaves + ORDER["none"], None
         key = "row"
-        if other.kind == "F" and self.flushes and other.version > self.newest[idle.next.op]:
+        if self.pair.get(self.event_of[other]) == idle.next:
+            key = "pair"
+        elif other.kind == "F" and self.flushes and other.version > self.newest[idle.next.op]:
             key = "flush"
         elif other.kind == "F" and held[place] == max(held):
             key = "limit"
         ready = tick(self.ready[other])
         since = f" from {clock(ready)} on" if ready > start else ""
-        words = {"held": count(held[place], "microbatch"), "since": since, "device": idle.device}
+        (number,) = in_short([held[place]])
+        microbatches = f"{number} microbatch{'es' * (number != '1')}"
+        words = {"held": microbatches, "since": since, "device": idle.device}
         text = ORDER[key].format(next="{next}", other="{other}", **words)
-        return text, self.event_of[other]
+        return leaves + text, self.event_of[other]
 
     def reads(self, op: Op) -> str:
         """Why does this op read the weight version that it reads?"""
@@ -137,9 +167,9 @@ class Reasons:
 
 def explain_moment(plan: Plan, device: int, time: float) -> list[str]:
     """What a GPU does at a time before the makespan, and why; if it waits, then also for whom."""
-    plan = plan._replace(events=rounded(plan.events))
+    plan = plan.rounded()
     reasons, time = Reasons(plan), tick(time)
-    found_at: list[Event | Idle] = [*plan.events, *idle_times(plan.events)]
+    found_at: list[Event | Idle] = [*plan.events, *idle_times(plan.events, plan.links)]
 
     def at(device: int) -> Event | Idle:
         mine = (found for found in found_at if found.device == device)
@@ -158,6 +188,7 @@ def explain_moment(plan: Plan, device: int, time: float) -> list[str]:
 def explain_op(reasons: Reasons, event: Event) -> list[str]:
     """What a GPU runs, on which weights and why, and where its input and its result go."""
     lines = [said("runs", event) + " " + reasons.reads(event.op)]
-    pairs = [(other, needed) for other, _, needed in dependencies(reasons.plan.events) if needed]
-    lines += [said("needed", needed) for other, needed in pairs if other == event]
-    return lines + [said("needed by", other) for other, needed in pairs if needed == event]
+    lines += [said("with", other) for e, other in reasons.pair.items() if e == event]
+    starts = reasons.starts.values()
+    lines += [said("needed", s.needed) for s in starts if s.event == event and s.needed]
+    return lines + [said("needed by", s.event) for s in starts if s.needed == event]
