@@ -62,7 +62,7 @@ CONFIG = {
     "recompute": False,  # True: keep inputs only, and run each forward again before its backward
     "forward_time": 1,  # simulated time of a microbatch's forward; or one per stage: 1,1,2,1
     "backward_time": 1,  # time of its backward: 2 is closer to the truth (two matrix products)
-    "comm_time": 0,  # time to send a result to the neighboring GPU; or one per stage
+    "comm_time": 0,  # time to send a result to the neighboring GPU, one at a time; or one per stage
     "verbose": True,  # False: no timeline, and no details of the first batch
 }
 

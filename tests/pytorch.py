@@ -59,24 +59,54 @@ def rows_of_pytorch(name, devices, microbatches, chunks):
     return [actions[rank] for rank in range(devices)]
 
 
+def cells(rows):
+    """[["0F0", ...] of each rank] of its actions; of two that overlap the forward is an F&."""
+
+    def steps(action):
+        if not action.sub_actions:
+            return [str(action)]
+        forward, backward = map(str, action.sub_actions)
+        return [forward.replace("F", "F&"), backward]
+
+    return [[step for action in row if action for step in steps(action)] for row in rows]
+
+
 def save_as_pytorch_does(rows, path):
     engine = types.SimpleNamespace(pipeline_order=dict(enumerate(rows)))
     theirs.PipelineScheduleMulti._dump_csv(engine, str(path))
 
 
-def order_that_pytorch_loads(path, num_devices, num_stages, num_microbatches):
-    """[[str(action), ...] of each rank] that its runtime would compute after reading a CSV file.
-
-    It checks the order, and adds the sends and receives.
-    """
+def runtime_for(num_devices, num_stages, num_microbatches):
+    """Its runtime, as far as it makes plans."""
     runtime = theirs._PipelineScheduleRuntime.__new__(theirs._PipelineScheduleRuntime)
     runtime.pp_group_size, runtime._num_stages = num_devices, num_stages
     runtime._n_microbatches = num_microbatches
     runtime._stages, runtime.pipeline_order, runtime.rank = [], {}, 0
     runtime._defer_pp_recv = False
+    return runtime
+
+
+def save_as_its_runtime_does(rows, path, num_stages, num_microbatches):
+    """With cells about messages and sharding. How many of them?"""
+    runtime = runtime_for(len(rows), num_stages, num_microbatches)
+    runtime._prepare_schedule_with_comms(dict(enumerate(rows)))
+    runtime._dump_csv(str(path))
+    actions = [action for row in runtime.pipeline_order_with_comms.values() for action in row]
+    assert {"SEND_F", "RECV_B", "UNSHARD", "RESHARD", "REDUCE_GRAD"} <= {
+        action.computation_type.value for action in actions
+    }
+    return sum(not action.is_compute_op for action in actions)
+
+
+def order_that_pytorch_loads(path, num_devices, num_stages, num_microbatches):
+    """The cells of what its runtime would compute after reading a CSV file.
+
+    It checks the order, and adds the sends and receives.
+    """
+    runtime = runtime_for(num_devices, num_stages, num_microbatches)
     runtime._load_csv(str(path))
     ranks = [runtime.pipeline_order_with_comms[rank] for rank in range(num_devices)]
-    return [[str(action) for action in row if action.is_compute_op] for row in ranks]
+    return cells([[action for action in row if action.is_compute_op] for row in ranks])
 
 
 def halves_of_pytorch(module, x, output_gradient):

@@ -8,13 +8,40 @@ from pipedream.schedules.memory import MemoryMeter
 from pipedream.schedules.plans import PLAN_CONFIG, make_plan
 
 SMALL = {**PLAN_CONFIG, "hidden_size": 12, "device": "cpu", "num_batches": 3}
-FLUSHING = "naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2"  # in the order of tables
+FLUSHING = (  # in the order of tables
+    *("naive", "gpipe", "1f1b", "interleaved", "looped-bfs", "interleaved-zb"),
+    *("zb-h1", "zb-h2", "zb-v", "dualpipe-v"),
+)
+V_SHAPED = "zb-v", "dualpipe-v"  # two stages per GPU
+
+
+def fits(schedule, num_stages, num_microbatches):
+    """Is that schedule possible at this size?"""
+    if schedule.startswith("interleaved"):
+        return num_microbatches % num_stages == 0
+    return schedule != "dualpipe-v" or num_microbatches >= 2 * num_stages
 
 
 def plan_of(schedule, chunks_per_gpu=1, **settings):
     return make_plan(
         {**SMALL, "schedule": str(schedule), "chunks_per_gpu": chunks_per_gpu, **settings}
     )
+
+
+def cells_of(plan):
+    """[["0F0", ...] of each GPU] of its first batch; the forward of a pair is an F&."""
+    first = [
+        [op for op in row if op.microbatch < plan.config["num_microbatches"]]
+        for row in plan.schedule
+    ]
+    return [
+        [
+            f"{s}{kind}{'&' * ((s, kind, m) in plan.pairs)}{m}"
+            for s, kind, m, _ in row
+            if kind != "U"
+        ]
+        for row in first
+    ]
 
 
 def assert_close(ours, theirs, tolerance=1e-12):

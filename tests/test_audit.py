@@ -17,6 +17,8 @@ from pipedream_simple import CONFIG, Worker, train
         (("--weight_stashing", False), "1 1 1 1", 160),
         (("--schedule", "zb-h1"), "1 1 1 1", 240),
         (("--schedule", "interleaved"), "1 1 1 1 1 1 1 1 1 1 1 1", 480),
+        (("--schedule", "looped-bfs"), "1 1 1 1 1 1 1 1 1 1 1 1", 480),
+        (("--schedule", "zb-v", "--layers_per_stage", 4), "1 1 1 1 1 1 1 1", 480),
         (("--recompute", True, "--schedule", "gpipe"), "1 1 1 1", 160),
     ],
 )

@@ -48,12 +48,17 @@ ZBV = """\
 """
 ONE = {"num_microbatches": 1, "num_batches": 9}
 TRANSFORMER = {"network": "transformer", "layers_per_stage": 2, "num_batches": 3}
+TWO_CHUNKS = {"chunks_per_gpu": 2, "num_batches": 3}
 CASES = {  # processes -> name -> (settings, delay of a stage in updates)
     2: {
         "naive": ({"schedule": "naive"}, lambda s: 0),
         "gpipe": ({"schedule": "gpipe"}, lambda s: 0),
         "zb-h1": ({"schedule": "zb-h1"}, lambda s: 0),
         "zb-h2": ({"schedule": "zb-h2"}, lambda s: 0),
+        "zb-v": ({"schedule": "zb-v"}, lambda s: 0),
+        "dualpipe-v": ({"schedule": "dualpipe-v", "momentum": 0.5}, lambda s: 0),
+        "interleaved-zb": ({"schedule": "interleaved-zb", **TWO_CHUNKS}, lambda s: 0),
+        "looped-bfs": ({"schedule": "looped-bfs", **TWO_CHUNKS, "recompute": True}, lambda s: 0),
         "csv": ({"schedule": "zbv.csv", "layers_per_stage": 4}, lambda s: 0),
         "pipedream": ({}, lambda s: 1 - s),
         "vertical sync": ({"num_microbatches": 2, "vertical_sync": True}, lambda s: 1),
@@ -477,12 +482,21 @@ def told(run, monkeypatch, capsys):
     logging.disable(logging.NOTSET)
 
 
+MANY = "--num_microbatches 8 --layers_per_stage 6"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--num_microbatches 5", "batch_size=32 cannot be split evenly"),
         ("--weight_stashing False", "weight_stashing=False is only for the simulation"),
-        ("--recompute True --schedule zb-h1", "recompute=True is not possible with zb-h1"),
+        *(
+            (
+                f"--recompute True --schedule {name} {MANY}",
+                "recompute=True is not possible with " + name,
+            )
+            for name in ("zb-h1", "zb-v", "dualpipe-v", "interleaved-zb")
+        ),
         ("--schedule dualpipe", "schedule='dualpipe' must be one of"),
         ("--network transformer --hidden_size 30", "hidden_size=30 must be a multiple of"),
         ("--timeout 0", "timeout=0 must be a number from 1 to"),

@@ -291,9 +291,9 @@ def test_11_the_rows_are_those_of_pytorch(play):
     time, busy, held = simulated(text, layers_per_stage=4, backward_time=2)
     assert (time, busy) == (slots / 2, 1 - idle / slots)
     (most,) = {*held}
-    assert most / 2 == simulated(schedule="1f1b", num_stages=2)[2][0]
-    words = *stages[0], *stages[1], 1, 2, sent[0], 0, 2, sent[1], idle, slots, f"{busy:.1%}", most
-    assert figures(11) == shown(*words)
+    assert most == simulated(schedule="1f1b", num_stages=2)[2][0]
+    words = *stages[0], *stages[1], 1, 2, sent[0], 0, 2, sent[1], idle, slots, f"{busy:.1%}"
+    assert figures(11) == shown(*words, most * len(stages[0]))
     for row, waiting in zip(rows, (0, 3), strict=True):
         pairs = itertools.pairwise(filter(None, row))
         assert sum("W" in b and a != b.replace("W", "I") for a, b in pairs) == waiting

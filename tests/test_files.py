@@ -1,13 +1,23 @@
 """Schedules in files: PyTorch's are read, ours are loaded by PyTorch, and bad ones are refused."""
 
 import csv
+import itertools
 import os
+import re
 
 import pytest
-from pytorch import order_that_pytorch_loads, rows_of_pytorch, save_as_pytorch_does
-from small import FLUSHING, plan_of, same_as_recurrence
+from pytorch import (
+    cells,
+    order_that_pytorch_loads,
+    rows_of_pytorch,
+    save_as_its_runtime_does,
+    save_as_pytorch_does,
+)
+from small import FLUSHING, V_SHAPED, cells_of, plan_of, same_as_recurrence
 
 from pipedream.schedules.files import check_rows, read_csv, write_csv
+from pipedream.schedules.plans import describe_file
+from pipedream.schedules.rows import LIBRARY
 from pipedream_simple import UserError
 
 
@@ -16,32 +26,64 @@ def write_rows(path, rows):
         csv.writer(file).writerows(rows)
 
 
-PYTORCHS = [
-    ("ScheduleLoopedBFS", 3, 4, 2),
-    ("ScheduleInterleaved1F1B", 2, 4, 3),
-    ("ScheduleInterleavedZeroBubble", 4, 8, 1),
-    ("ScheduleZBVZeroBubble", 3, 6, 2),
-    ("ScheduleDualPipeV", 2, 4, 2),
-    ("ScheduleDualPipeV", 3, 8, 2),
+PYTORCHS = [  # class, GPUs, microbatches, stages per GPU, names of ours
+    ("ScheduleLoopedBFS", 3, 4, 2, "looped-bfs"),
+    ("ScheduleInterleaved1F1B", 2, 4, 3, "interleaved"),
+    ("ScheduleInterleavedZeroBubble", 4, 8, 1, "zb-h1, interleaved-zb"),
+    ("ScheduleInterleavedZeroBubble", 2, 4, 2, "interleaved-zb"),
+    ("ScheduleZBVZeroBubble", 3, 6, 2, "zb-v"),
+    ("ScheduleDualPipeV", 2, 4, 2, "dualpipe-v"),
+    ("ScheduleDualPipeV", 3, 8, 2, "dualpipe-v"),
 ]
 
 
-@pytest.mark.parametrize(("name", "devices", "count", "chunks"), PYTORCHS)
+@pytest.mark.parametrize(("name", "devices", "count", "chunks", "ours"), PYTORCHS)
 def test_what_pytorch_generates_can_be_read_and_trains_to_plain_sgd(
-    tmp_path, name, devices, count, chunks
+    tmp_path, name, devices, count, chunks, ours
 ):
-    rows = rows_of_pytorch(name, devices, count, chunks)
-    save_as_pytorch_does(rows, tmp_path / "theirs.csv")
-    plan = plan_of(tmp_path / "theirs.csv", batch_size=count * 2, layers_per_stage=2 * chunks)
+    rows, path = rows_of_pytorch(name, devices, count, chunks), tmp_path / "theirs.csv"
+    save_as_pytorch_does(rows, path)
+    plan = plan_of(path, batch_size=count * 2, layers_per_stage=2 * chunks)
     assert len(plan.schedule) == devices
     assert plan.config["num_stages"] == devices * chunks
-    flat = [
-        [str(part) for action in row if action for part in action.sub_actions or [action]]
-        for row in rows
-    ]
-    first = [[op for op in row if op.microbatch < count] for row in plan.schedule]
-    assert [[str(op) for op in row if op.kind != "U"] for row in first] == flat
+    assert cells_of(plan) == cells(rows)
+    assert bool(plan.pairs) == (ours == "dualpipe-v")
+    assert describe_file(plan.config) == [f"theirs: these are the rows of {ours}."]
     same_as_recurrence(plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "count", "chunks", "ours"),
+    [
+        *PYTORCHS,
+        ("ScheduleZBVZeroBubble", 8, 16, 2, "zb-v"),
+        ("ScheduleDualPipeV", 4, 10, 2, "dualpipe-v"),
+        ("ScheduleInterleaved1F1B", 4, 8, 2, "interleaved"),
+    ],
+)
+def test_what_pytorchs_runtime_writes_is_read_without_its_messages(
+    tmp_path, run, name, devices, count, chunks, ours
+):
+    rows, path = rows_of_pytorch(name, devices, count, chunks), tmp_path / "compute_comms.csv"
+    number = save_as_its_runtime_does(rows, path, devices * chunks, count)
+    save_as_pytorch_does(rows, tmp_path / "compute_only.csv")
+    assert read_csv(path) == read_csv(tmp_path / "compute_only.csv")
+    flags = ["--schedule", path.name, "--batch_size", count, "--layers_per_stage", chunks]
+    assert run("export", "again.csv", *flags).out.splitlines()[1:] == [
+        f"compute_comms: these are the rows of {ours}.",
+        f"{number} cells about messages or sharding left out: the simulator finds messages itself.",
+    ]
+    flags[1] = "again.csv"
+    assert run("export", "more.csv", *flags).out.splitlines()[1:] == [
+        f"again: these are the rows of {ours}."
+    ]
+
+
+def test_rows_that_are_no_schedules_of_ours_get_no_name(run, tmp_path):
+    rows = [["0F0", "0F1", "0F2", "0B0", "0B2", "0B1"], ["1F0", "1F1", "1F2", "1B2", "1B0", "1B1"]]
+    write_rows(tmp_path / "mine.csv", rows)
+    out = run("export", "again.csv", "--schedule", "mine.csv", "--batch_size", 3).out
+    assert out == "again.csv: mine, 2 GPUs, 2 stages, 12 ops\n"
 
 
 MANY = [[f"{s}F0", f"{s}B0", f"{s}F1", f"{s}B1"] for s in range(199)]
@@ -49,15 +91,17 @@ MANY = [[f"{s}F0", f"{s}B0", f"{s}F1", f"{s}B1"] for s in range(199)]
 
 @pytest.mark.parametrize("schedule", FLUSHING)
 def test_what_we_export_is_read_again_and_loads_into_pytorchs_runtime(tmp_path, run, schedule):
-    flags = ["--schedule", schedule, "--hidden_size", 12]
-    assert run("export", "ours.csv", *flags).status == 0
-    path, plan = tmp_path / "ours.csv", plan_of(schedule, 3, num_batches=1)
-    computing = [[op for op in row if op.kind != "U"] for row in plan.schedule]
-    assert read_csv(path) == [[op[:3] for op in row] for row in computing]
-    again = plan_of(path, 3, num_batches=1)
-    assert again == plan._replace(name="ours.csv", config={**plan.config, "schedule": str(path)})
-    loaded = order_that_pytorch_loads(path, 4, plan.config["num_stages"], 4)
-    assert loaded == [[str(op) for op in row] for row in computing]
+    sizes = {"num_microbatches": 8, "layers_per_stage": 6, "hidden_size": 12}
+    flags = [text for key, value in sizes.items() for text in (f"--{key}", value)]
+    assert run("export", "ours.csv", "--schedule", schedule, *flags).status == 0
+    path, plan = tmp_path / "ours.csv", plan_of(schedule, 3, num_batches=1, **sizes)
+    steps = [[op[:3] for op in row if op.kind != "U"] for row in plan.schedule]
+    assert [[(s, kind[0], m) for s, kind, m in row] for row in read_csv(path)] == steps
+    again = plan_of(path, 3, num_batches=1, **sizes)
+    assert again == plan._replace(name="ours", config={**plan.config, "schedule": str(path)})
+    assert bool(again.pairs) == (schedule == "dualpipe-v")
+    loaded = order_that_pytorch_loads(path, 4, plan.config["num_stages"], 8)
+    assert loaded == cells_of(plan)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +122,16 @@ def test_what_we_export_is_read_again_and_loads_into_pytorchs_runtime(tmp_path, 
         ([["0F0", "0B0", "0F1", "0B1"], ["1F1", "1F0", "1B1", "1B0"]], "0 waits for 1B0, GPU1"),
         ([*MANY, ["199F1", "199F0", "199B1", "199B0"]], "deadlock: GPU0 waits for 1B0"),
         ([["", ""]], "has no ops"),
+        ([["0UNSHARD", "0RECV_B0"]], "has no ops"),
+        ([["0F0", "0B0", "0SEND_X0"]], "line 1, column 3: '0SEND_X0' is not an op"),
+        ([["0F0", "0B0", "SEND_F0"]], "'SEND_F0' is not an op"),
+        ([["0F&0", "0B0"]], "'0F&0' is not an op"),
+        ([["(0F0;0F1)OVERLAP_F_B", "0B0", "0B1"]], r"'\(0F0;0F1\)OVERLAP_F_B' is not an op"),
+        ([["0F0", "(0F1;0W0)OVERLAP_F_B"]], r"'\(0F1;0W0\)OVERLAP_F_B' is not an op"),
+        ([["(0F0;0B0;0W0)OVERLAP_F_B"]], "is not an op"),
+        ([["(0F0;0B0)OVERLAP"]], r"is not an op such as 0F0 or 2W1, or \(0F4;7B0\)OVERLAP_F_B"),
+        ([["0F0", "(0F1;1B0)OVERLAP_F_B"], ["1F0", "1F1", "1B1"]], "1 is on GPU0 and on GPU1"),
+        ([["(0F0;0B0)OVERLAP_F_B"]], "deadlock: GPU0 waits for 0F0"),
     ],
 )
 def test_a_bad_csv_gets_one_short_line(tmp_path, rows, words):
@@ -128,6 +182,85 @@ def test_good_rows_pass_and_any_one_missing_or_doubled_op_does_not():
                 broken[device][place : place + 1] = change
                 with pytest.raises(UserError):
                     check_rows(broken, "broken")
+
+
+@pytest.mark.parametrize("after", [(0, "F", 1), (0, "W", 0), (0, "F&", 1), None])
+def test_a_pair_is_a_forward_and_the_backward_after_it(after, monkeypatch):
+    """In a file it is one cell; only a schedule function can write something else."""
+    row = [(0, "F&", 0), (0, "F", 1), (0, "I", 0), (0, "W", 0), (0, "B", 1)]
+    row[1:2] = [after] * (after is not None)
+    row = row[2:] + row[:1] if after is None else row
+    monkeypatch.setitem(LIBRARY, "mine", (lambda *_: row, True))
+    with pytest.raises(UserError, match="0F&0 must come right before a backward"):
+        plan_of("mine", num_stages=1, num_microbatches=2)
+
+
+def test_a_pair_may_be_written_in_any_order_and_with_half_a_backward(tmp_path):
+    for pair, after in (("0F1;0B0", ""), (" 0B0 ; 0F1 ", ""), ("0I0;0F1", ",0W0")):
+        text = f"0F0,({pair})OVERLAP_F_B{after},0B1\n"
+        (tmp_path / "pair.csv").write_text(text)
+        (row,) = read_csv(tmp_path / "pair.csv")
+        assert row[1:3] == [(0, "F&", 1), (0, "I" if after else "B", 0)]
+        write_csv([row], tmp_path / "again.csv")
+        assert read_csv(tmp_path / "again.csv") == [row]
+        plan = plan_of(tmp_path / "pair.csv", num_batches=1, batch_size=2, overlap_time=0.5)
+        pair = [(e.start, e.end) for e in plan.events if e.op[1:3] in (("F", 1), (row[2][1], 0))]
+        assert pair == [(1, 1.75 if after else 2)] * 2
+
+
+@pytest.mark.parametrize(
+    ("file", "label"),
+    [
+        (" x.csv", "x"),
+        ("compute_only.csv", "compute_only"),
+        ("v1.2.csv", "v1.2"),
+        ("zb-v.csv", "zb-v.csv"),
+        ("pipedream.csv", "pipedream.csv"),
+        ("interleaved-zb-of-mine.csv", "interleaved-zb-o"),
+        ("interleaved-zb  of mine.csv", "interleaved-zb.csv"),
+        ("a" * 40 + ".csv", "a" * 16),
+        (" .csv", "file.csv"),
+        ("a$b日本.csv", "a?b??"),
+    ],
+)
+def test_a_plan_is_called_as_its_file_in_short_but_never_as_a_schedule(tmp_path, file, label):
+    (tmp_path / file).write_text("0F0,0B0\n")
+    plan = plan_of(tmp_path / file)
+    assert plan.name == label
+    assert plan.name not in LIBRARY
+    assert str(plan).startswith(f"{label}: ")
+    assert describe_file(plan.config)[0].startswith(f"{label}: these are the rows of naive, gpipe")
+
+
+def follow(run, *flags):
+    """Run why, and again with what its error says to try, until it says no more: the advice."""
+    given = []
+    while (result := run("why", *flags, *given)).status:
+        assert result.err.count("\n") == 1
+        given += re.search(r": try (--\w+) (\d+)\n", result.err).groups()
+    return [f"{key} {value}" for key, value in zip(given[::2], given[1::2], strict=True)]
+
+
+def test_what_the_errors_advise_works(run, tmp_path):
+    rows = [[f"{s}{kind}{m}" for kind in "FB" for m in range(10)] for s in range(2)]
+    write_rows(tmp_path / "ten.csv", rows)
+    for batch_size, advice in ((32, "40"), (1, "10"), (41, "50")):
+        flags = "--schedule", "ten.csv", "--batch_size", batch_size
+        assert follow(run, *flags) == [f"--batch_size {advice}"]
+    assert follow(run, *flags[:2], "--batch_size", 40) == []
+    out = run("why", "--schedule", "ten.csv").err
+    assert "batch_size=32 must be a multiple of the 10 microbatches in ten.csv" in out
+    for schedule, devices, layers in itertools.product(V_SHAPED, (2, 3, 4), (1, 2, 3, 4)):
+        sizes = "--num_stages", devices, "--num_microbatches", 8, "--layers_per_stage", layers
+        advice = [f"--layers_per_stage {layers + 1}"] * (layers % 2)
+        assert follow(run, "--schedule", schedule, *sizes) == advice
+    for on_0, on_1, layers in itertools.product((1, 2, 3, 4), (1, 2), (1, 2, 3)):
+        hosts = [range(on_0), range(on_0, on_0 + on_1)]
+        rows = [[*(f"{s}F0" for s in h), *(f"{s}B0" for s in reversed(h))] for h in hosts]
+        write_rows(tmp_path / "cut.csv", rows)
+        advice = follow(run, "--schedule", "cut.csv", "--layers_per_stage", layers)
+        least = next(n for n in itertools.count(layers) if 2 * n % (on_0 + on_1) == 0)
+        assert advice == [f"--layers_per_stage {least}"] * (least > layers)
 
 
 @pytest.mark.parametrize("name", ["x$\\frac{$.csv", "日本.csv", "a,b.csv", "[x].csv", "x y.csv"])

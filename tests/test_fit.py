@@ -5,8 +5,18 @@ import re
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.pipelining import schedules
 
-from pipedream.commands.fit import KEYS, Way, advise, check_fit, main, ways_to_run
+from pipedream.commands.fit import (
+    KEYS,
+    PYTORCH,
+    Way,
+    advise,
+    check_fit,
+    main,
+    plans_of,
+    ways_to_run,
+)
 from pipedream.networks.transformer import NUM_HEADS
 from pipedream.planning import footprint
 from pipedream.planning.footprint import STATE_BYTES, Memory, complete, count_activations, memory_of
@@ -25,7 +35,7 @@ def test_parameters_are_those_of_the_published_models(model):
     of_layer, embedding = footprint.count_parameters(net)
     assert net["layers"] * of_layer + 2 * embedding + net["hidden_size"] == published
     for gpus in (1, 2, 8, 32):  # the stages are the network, whatever the cut
-        net["gpus"] = gpus
+        net["stages"] = gpus
         weights = [memory_of(net, stage, 1, 0, 0).weights for stage in range(gpus)]
         assert sum(weights) == 2 * published
 
@@ -100,27 +110,35 @@ def test_optimizer_state_is_what_pytorch_allocates(name):
 
 
 def ways(**settings):
+    check_fit({**KEYS, **settings})
     net = complete({**KEYS, **settings})
-    check_fit(net)
-    return net, {way.name: way for way in ways_to_run(net)}
+    return net, {way.name: way for way in ways_to_run(net)[0]}
 
 
 @pytest.mark.parametrize(("gpus", "number"), [(1, 1), (2, 8), (4, 4), (8, 32), (5, 2)])
 def test_times_are_the_closed_forms(gpus, number):
     """With equal stages: as many layers on each, and a head that costs next to nothing."""
-    _, found = ways(gpus=gpus, num_microbatches=number, layers=40, vocabulary=1)
+    _, found = ways(gpus=gpus, num_microbatches=number, layers=80, vocabulary=1)
     times = {name: round(3 * number * way.time, 3) for name, way in found.items()}
     for name in ("gpipe", "1f1b"):
         assert times[name] == 3 * (number + gpus - 1)
-        assert times[f"{name} with recompute"] == 4 * (number + gpus - 1)
+    longer, shorter = max(number, gpus), min(number, gpus)  # a lap takes as long as either
+    assert times["looped-bfs"] == 3 * (longer + (shorter - 1) / 2)
     if number >= gpus:
         assert times["zb-h1"] == 3 * number + gpus - 1
-    if number >= 2 * gpus - 1:  # no bubble between its batches
-        assert times["zb-h2"] == 3 * number
+    if number >= 2 * gpus - 1:  # no bubble between their batches
+        assert times["zb-h2"] == times["zb-v"] == 3 * number
+    if number >= 2 * gpus:
+        assert times["dualpipe-v"] == 3 * number + gpus - 1
+    if number % gpus == 0:
+        assert times["interleaved"] == 3 * (number + (gpus - 1) / 2)
+        assert times["interleaved-zb"] == 3 * number + (gpus - 1) / 2
     assert ("pipedream 2BW" in times) == (number >= gpus)
     for name in ["pipedream 2019", *(["pipedream 2BW"] if number >= gpus else [])]:
         assert times[name] == 3 * number
-        assert times[f"{name} with recompute"] == 4 * number
+    for name in ("gpipe", "1f1b", "looped-bfs", "pipedream 2019"):
+        if gpus > 1:
+            assert times[f"{name} with recompute"] == round(times[name] * 4 / 3, 3)
 
 
 def test_unequal_stages_take_the_time_of_the_slowest():
@@ -128,10 +146,35 @@ def test_unequal_stages_take_the_time_of_the_slowest():
     _, found = ways(gpus=31, vocabulary=1)
     assert found["pipedream 2BW"].time == pytest.approx(2 * 31 / 32, rel=1e-3)
     assert found["1f1b"].time > 2 * 31 / 32
-    _, found = ways()  # and the last of 8 stages of 4 layers the head
-    of_layer, head = footprint.count_parameters(complete(KEYS))
+    net, found = ways()  # and the last of 8 stages of 4 layers the head
+    of_layer, head = footprint.count_parameters(net)
     slower = 8 * (4 * of_layer + head) / (32 * of_layer + head)
     assert found["pipedream 2BW"].time == pytest.approx(slower)
+    for name, head_on in (("zb-v", 0), ("interleaved", 7)):  # the last of 16 stages
+        weights = [gpu.weights for gpu in found[name].gpus]
+        assert weights.index(max(weights)) == head_on
+    assert found["zb-v"].time == pytest.approx(slower)  # GPU0 is never idle, GPU7 has less to do
+    assert found["interleaved"].time > slower + 1e-3
+    plan, _ = plans_of(net, {"schedule": "looped-bfs"})
+    work = [2 * of_layer] * 15 + [2 * of_layer + head]
+    assert plan.config["forward_time"] == pytest.approx([8 * w / sum(work) for w in work])
+
+
+def test_gpus_with_two_stages_hold_the_whole_network_and_the_published_activations():
+    net, found = ways()
+    of_layer, embedding = footprint.count_parameters(net)
+    for way in found.values():
+        assert sum(gpu.weights for gpu in way.gpus) == 2 * PARAMETERS["llama-2-7b"]
+    for name in ("zb-v", "dualpipe-v"):  # both ends are on GPU0
+        weights = [gpu.weights / 2 - 4 * of_layer for gpu in found[name].gpus]
+        assert weights == [2 * embedding + net["hidden_size"], *[0] * 7]
+    _, found = ways(vocabulary=1)  # in flight, in microbatches: reference/published.md
+    layers = footprint.activations_of({**net, "vocabulary": 1}, 1, 0, 1)
+    published = {"1f1b": 8, "zb-v": 8, "dualpipe-v": 8.5, "looped-bfs": 32, "interleaved-zb": 8}
+    for name, shares in {**published, "interleaved": 8 + 7 / 2}.items():
+        held = max(gpu.activations for gpu in found[name].gpus)
+        assert held == pytest.approx(shares * layers, rel=1e-3)
+    assert not [name for name in found if "zb-h" in name and "recompute" in name]  # saves nothing
 
 
 def test_stashing_s_versions_of_an_s_th_costs_a_whole_network_and_2bw_one_more():
@@ -146,25 +189,30 @@ def test_stashing_s_versions_of_an_s_th_costs_a_whole_network_and_2bw_one_more()
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "zb-h2", "pipedream"])
+@pytest.mark.parametrize("schedule", [*PYTORCH, "pipedream"])
 def test_what_is_held_is_what_the_trainer_holds(schedule, recompute):
     """Counted: graphs that exist, and inputs without one, while a small network trains."""
-    sizes = {"num_stages": 4, "num_microbatches": 6, "batch_size": 6, "num_batches": 1}
-    small = {"hidden_size": 4, "layers_per_stage": 1, "device": "cpu", "backward_time": 2}
-    settings = {"schedule": schedule, "recompute": recompute}
+    sizes = {"num_stages": 3, "num_microbatches": 6, "batch_size": 6, "num_batches": 1}
+    small = {"hidden_size": 4, "layers_per_stage": 2, "device": "cpu", "backward_time": 2}
+    settings = {"schedule": schedule, "recompute": recompute, "chunks_per_gpu": 2}
     plan = make_plan({**PLAN_CONFIG, **sizes, **small, **settings})
-    seen = [[] for _ in range(4)]
+    now, seen = {}, {}  # stage -> (inputs, whole); -> the most on its GPU
 
     def watch(op, worker):
         flights = worker.in_flight.values()
         graphs = sum(output is not None for _, output, _ in flights)
-        seen[op.stage].append((len(flights) - graphs, graphs + len(getattr(worker, "kept", ()))))
+        now[op.stage] = len(flights) - graphs, graphs + len(getattr(worker, "kept", ()))
+        gpu = op.stage if op.stage < 3 else mirrored[op.stage]
+        inputs, whole = map(sum, zip(*(now.get(s, (0, 0)) for s in of_gpu[gpu]), strict=True))
+        seen[gpu] = max(seen.get(gpu, (0, 0)), (whole, inputs))
 
+    of_gpu = [sorted({op.stage for op in row}) for row in plan.schedule]
+    mirrored = {stage: gpu for gpu, stages in enumerate(of_gpu) for stage in stages}
     train_plan(plan, watch=watch)
-    for row, found in zip(plan.schedule, seen, strict=True):
-        held = {*footprint.microbatches_held([op for op in row if op.kind != "U"], recompute)}
-        inputs_and_whole = max(held, key=lambda pair: (pair[1], pair[0]))
-        assert inputs_and_whole == max(found, key=lambda pair: (pair[1], pair[0]))
+    for gpu, row in enumerate(plan.schedule):
+        states = footprint.microbatches_held([op for op in row if op.kind != "U"], recompute)
+        sums = ([sum(number) for number in zip(*state, strict=True)] for state in states)
+        assert seen[gpu] == max((whole, inputs) for _, inputs, whole in sums)
 
 
 LARGE = {"model": "llama-2-70b", "gpus": 40, "num_microbatches": 64}
@@ -178,7 +226,6 @@ def test_the_advice_follows_from_the_table(flags, capsys):
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines())
     rows = re.findall(r"^([+ ]) (\S.*?)  +([\d. ]+)$", out, re.M)
-    assert len(rows) == 12 - 2 * (config["num_microbatches"] < config["gpus"] - 1)
     table, fast = {}, []
     for mark, name, cells in rows:
         *parts, in_all, time = map(float, cells.split())
@@ -188,9 +235,15 @@ def test_the_advice_follows_from_the_table(flags, capsys):
         table[name.replace(", ", " with ")] = in_all, time
         fast += [time] * fits
     text = " ".join(out.split())
+    two_versions = config["num_microbatches"] >= config["gpus"] - 1
+    assert ("pipedream 2BW" in table) == two_versions
+    for name in [*PYTORCH, "pipedream 2019"]:
+        assert (name in table) != (f"{name} is left out: " in text)
     if fast:
         best = text.partition(" is the fastest of these that fits")[0].rpartition(". ")[2]
         assert table[best][1] == min(fast)
+        name = PYTORCH.get(best.split()[0])
+        assert f"that fits (PyTorch{': ' + name if name else ' has no schedule for it'})" in text
     else:
         least = min(table, key=table.get)
         assert f"Nothing fits. {least} needs the least, {table[least][0]:.1f} GB" in text
@@ -205,14 +258,33 @@ def needing(found, needs, *left_out):
 def test_of_two_that_are_as_fast_the_advice_names_the_one_with_fresh_gradients():
     net, found = ways()
     assert found["zb-h2"].time == pytest.approx(found["pipedream 2BW"].time, abs=5e-4)
-    in_more_memory = needing(found, {"zb-h2": 10})
-    assert advise(net, in_more_memory)[0] == "zb-h2 is the fastest of these that fits."
-    without = needing(found, {}, "zb-h2", "zb-h2 with recompute")
-    stale = "gradients are one batch old. With fresh gradients: zb-h1, 5% longer"
+    in_v = advise(net, needing(found, {"zb-h2": 6}))[0]
+    assert in_v == "zb-v is the fastest of these that fits (PyTorch: ScheduleZBVZeroBubble)."
+    in_more_memory = advise(net, needing(found, {"zb-v": 11, "zb-h2": 10}))[0]
+    assert "zb-h2 is the fastest of these that fits (PyTorch has no" in in_more_memory
+    two_stages = ("zb-v", "dualpipe-v", "interleaved", "interleaved-zb", "looped-bfs")
+    without = needing(found, {}, "zb-h2", *two_stages)
+    stale = "gradients are one batch old. With fresh gradients: zb-h1 (PyTorch: ScheduleInterleaved"
     assert stale in advise(net, without)[0]
+    assert "ZeroBubble with one stage per GPU), 5% longer per batch." in advise(net, without)[0]
     without = [way for way in without if "2BW" not in way.name]
     assert "gradients are up to 7 updates old. With fresh" in advise(net, without)[0]
-    assert ways(num_microbatches=7)[1].keys() == found.keys()  # two versions are enough
+    assert "pipedream 2BW" in ways(num_microbatches=7)[1]  # two versions are enough
+
+
+def test_pytorch_has_the_schedules_that_fit_says_it_has():
+    names = [name.split()[0] for name in PYTORCH.values() if name]
+    theirs = [schedules.get_schedule_class(name.removeprefix("Schedule")) for name in names]
+    assert [each.__name__ for each in theirs] == names
+
+
+def test_what_cannot_run_is_left_out_and_says_why_in_words_of_fit(capsys):
+    main({**KEYS, "gpus": 20, "num_microbatches": 21})
+    text = " ".join(capsys.readouterr().out.split())
+    assert "zb-v is left out: layers=32 cannot be cut into 40 stages" in text
+    assert "dualpipe-v is left out: num_microbatches=21 must be at least 2 * gpus=40" in text
+    assert "interleaved is left out: num_microbatches=21 must be a multiple of gpus=20" in text
+    assert "num_stages" not in text
 
 
 def test_the_advice_when_it_fits_on_one_gpu_and_when_microbatches_are_the_problem(capsys):

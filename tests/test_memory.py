@@ -21,12 +21,15 @@ from pipedream.schedules.rows import LIBRARY
         {"num_stages": 1, "layers_per_stage": 1, "chunks_per_gpu": 1, "recompute": True},
         {"recompute": True, "momentum": 0.9},
         {"num_microbatches": 8, "num_batches": 5, "recompute": True},
+        {"num_microbatches": 8, "layers_per_stage": 6, "comm_time": [3, 0, 9, 1]},
+        {"num_microbatches": 8, "layers_per_stage": 6, "recompute": True, "overlap_time": 0.5},
     ],
     ids=str,
 )
 def test_measured_memory_is_what_the_formula_says(settings):
     plans, reasons = all_plans({**SMALL, "batch_size": 24, **settings})
     assert len(plans) + len(reasons) == len(LIBRARY) + 2
+    assert not reasons or settings.get("layers_per_stage") != 6
     for plan in plans:
         assert peak_of(plan) == memory_formula(plan), plan.name
 

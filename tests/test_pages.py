@@ -25,12 +25,12 @@ import pipedream_simple as pipe
 from pipedream.__main__ import COMMANDS
 from pipedream.backstage.audit import VersionCount
 from pipedream.backstage.measures import peak_in_flight, peak_versions, staleness
-from pipedream.commands import fit, neighbours
+from pipedream.commands import compare, fit, neighbours
 from pipedream.commands.distributed import prove
 from pipedream.processes import engine
 from pipedream.processes.ways import formulas, full_config
 from pipedream.schedules.halves import train_plan
-from pipedream.schedules.plans import PLAN_CONFIG, make_plan
+from pipedream.schedules.plans import PLAN_CONFIG, all_plans, make_plan
 
 BOTH = ["README.md", "QUICKSTART.md"]
 NAMES = [*BOTH, "EXERCISES.md", "TEST_RESULTS.md"]
@@ -41,7 +41,7 @@ STORY = SOURCE[: SOURCE.index("the story ends here; the rest serves it")]
 
 # Run by test_results.py, or for half a minute: the section of TEST_RESULTS.md has what it prints.
 RECORDED = {
-    "python -m pipedream compare --backward_time 2 --num_microbatches 8": "All schedules",
+    "python -m pipedream compare": "All schedules",
     "python -m pipedream neighbours": "Instead of a pipeline",
 }
 OTHERS = {  # not of ours, or run elsewhere
@@ -214,9 +214,13 @@ def tradeoffs():
 
 
 NAMED = {
-    name: {"schedule": name.lower()}
-    for name in ("naive", "GPipe", "1F1B", "interleaved", "ZB-H1", "ZB-H2")
+    name: {"schedule": name.lower().replace("interleaved zb", "interleaved-zb").replace(" ", "-")}
+    for name in (
+        *("naive", "GPipe", "1F1B", "interleaved", "looped BFS", "ZB-H1", "interleaved ZB"),
+        *("ZB-H2", "ZB-V", "DualPipeV"),
+    )
 }
+NAMED["DualPipeV"] = {"schedule": "dualpipe-v"}
 NAMED["PipeDream, M = 1"] = {"num_microbatches": 1}
 NAMED["PipeDream-2BW"] = {"vertical_sync": True}
 
@@ -237,14 +241,15 @@ def test_the_trade_offs_of_the_readme_are_those_of_the_rows(S, M, N, V):  # noqa
     assert "M >= 2*S" in PAGES["README.md"]
     for name, cells in tradeoffs().items():
         config = {**PLAN_CONFIG, "num_microbatches": M, **NAMED[name], "backward_time": 2}
-        config |= {"num_stages": S, "num_batches": N, "chunks_per_gpu": V, "layers_per_stage": V}
+        config |= {"num_stages": S, "num_batches": N}
+        config |= {"chunks_per_gpu": V, "layers_per_stage": 2 * V}  # a V has two stages per GPU
         per_batch = config["batch_size"] = config["num_microbatches"]
         plan, versions = make_plan(config), VersionCount()
         train_plan(plan, watch=versions)
         ideal = 3 * per_batch * N  # of a forward and a backward
         measured = [
             (pipe.makespan(plan.events) - ideal) / ideal,
-            peak_in_flight(plan.schedule)[0] / (plan.config["num_stages"] / S),
+            peak_in_flight(plan.schedule)[0],
             versions.peak[0],
             *crossings(plan),
             max(staleness(plan.schedule, per_batch)),
@@ -383,19 +388,31 @@ def of_program():
     for size in (16, 8):
         pipe.check_config({**pipe.CONFIG, "batch_size": size})
     yield "batch_size", ["16", "8"]
-    config = {**PLAN_CONFIG, "schedule": "interleaved", "num_microbatches": 8}
-    held, thirds = peak_in_flight(make_plan(config).schedule)[0], config["chunks_per_gpu"]
-    yield "Interleaved has V", [thirds, held, held // thirds]
+    large = {**PLAN_CONFIG, **compare.DEFAULTS, "num_stages": 8, "num_microbatches": 32}
+    busy_at = {}
+    for comm_time in (0, 0.5):
+        plans, _ = all_plans({**large, "num_batches": 1, "comm_time": comm_time})
+        busy_at[comm_time] = {plan.name: pipe.utilization(plan.events) for plan in plans}
+    names = [settings["schedule"] for settings in list(NAMED.values())[1:-2]]
+    yield r"^\| free links", [f"{busy_at[0][name]:.1%}" for name in names]
+    yield r"^\| `--comm_time 0.5`", [f"{busy_at[0.5][name]:.1%}" for name in names]
+    lost = {name: 100 * (busy_at[0][name] - busy_at[0.5][name]) for name in names}
+    yield (
+        "A schedule that has filled",
+        [f"{lost[name]:.0f}" for name in ("zb-h2", "interleaved-zb")],
+    )
+    assert min(lost[name] for name in names if name[:2] in ("zb", "in")) == lost["zb-h2"]
+    yield "How busy are eight", [8, 32]
 
 
 def of_worth():
     """What the README repeats of experiments that take minutes: the figures of TEST_RESULTS.md."""
     worth = re.findall(r"^```\n(.*?)^```$", RESULTS["Loss against simulated time"], re.M | re.S)
     yield "loss of", ["0.3"]
-    names = "1f1b", "interleaved", "zb-h2", "pipedream", "vertical sync"
+    names = "1f1b", "interleaved-zb", "zb-h2", "pipedream", "vertical sync"
     for block, head, number in zip(worth, ("four", "one", "sixteen"), (4, 1, 16), strict=False):
         times = {}
-        for line in block.splitlines()[1:10]:
+        for line in block.splitlines()[1:12]:
             name, *cells = re.split("  +", line.strip())
             found = re.findall(r"\d+", cells[5]) if len(cells) > 5 else []
             times[name] = [f"{int(time) / number:.0f}" for time in found]
@@ -427,11 +444,11 @@ def of_staleness():
 def of_fit(printed):
     rows = {
         name: re.search(rf"^\+ {name}  .*?(\S+) +(\S+)$", printed, re.M).groups()
-        for name in ("1f1b", "zb-h1", "zb-h2", "pipedream 2BW")
+        for name in ("1f1b", "zb-h1", "zb-h2", "zb-v", "pipedream 2BW")
     }
     yield "The 7B model", [time for _, time in rows.values()]
     memory = {name: float(memory) for name, (memory, _) in rows.items()}
-    more = [f"{memory[name] / memory['1f1b'] - 1:.0%}" for name in ("zb-h1", "zb-h2")]
+    more = [f"{memory[name] / memory['1f1b'] - 1:.0%}" for name in ("zb-h1", "zb-h2", "zb-v")]
     yield "The 7B model", [*more, fit.KEYS["num_microbatches"]]
 
 

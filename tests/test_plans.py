@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytorch import rows_of_pytorch
-from small import FLUSHING, SMALL, assert_close, plan_of, same_as_recurrence
+from pytorch import cells, rows_of_pytorch
+from small import FLUSHING, SMALL, V_SHAPED, assert_close, fits, plan_of, same_as_recurrence
 
 from pipedream.backstage.audit import VersionCount
 from pipedream.backstage.measures import peak_in_flight, peak_versions, staleness
@@ -16,9 +16,18 @@ from pipedream.schedules.files import check_rows
 from pipedream.schedules.halves import train_plan
 from pipedream.schedules.plans import PLAN_CONFIG, all_plans, make_plan, story_config
 from pipedream.schedules.rows import LIBRARY, zb_h1, zb_h2
-from pipedream_simple import SCHEDULES, UserError, build_schedule, makespan, pin_versions, simulate
+from pipedream_simple import (
+    SCHEDULES,
+    UserError,
+    build_schedule,
+    makespan,
+    pin_versions,
+    simulate,
+    utilization,
+)
 
 LIBRARYS = [name for name in LIBRARY if name not in SCHEDULES]
+ZERO_BUBBLE = "zb-h1", "interleaved-zb"
 
 
 def sizes(stages, microbatches, batches=1):
@@ -32,32 +41,137 @@ def sizes(stages, microbatches, batches=1):
 @pytest.mark.parametrize(
     ("schedule", "theirs", "chunks"),
     [
-        *(("interleaved", "ScheduleInterleaved1F1B", v) for v in (1, 2, 3, 4)),
-        ("zb-h1", "ScheduleInterleavedZeroBubble", 1),
+        ("interleaved", "ScheduleInterleaved1F1B", (1, 2, 3, 4)),
+        ("looped-bfs", "ScheduleLoopedBFS", (1, 2, 3)),
+        ("interleaved-zb", "ScheduleInterleavedZeroBubble", (1, 2, 3)),
+        ("zb-h1", "ScheduleInterleavedZeroBubble", (1,)),
+        ("zb-v", "ScheduleZBVZeroBubble", (2,)),
+        ("dualpipe-v", "ScheduleDualPipeV", (2,)),
     ],
 )
 def test_rows_are_the_list_that_pytorch_generates(schedule, theirs, chunks):
-    for devices, times in itertools.product((2, 3, 4, 6, 8), (1, 2, 4)):
-        microbatches, extra = devices * times, [chunks] * (schedule == "interleaved")
-        list_batch, _ = LIBRARY[schedule]
-        ours = [[*list_batch(d, devices, microbatches, *extra)] for d in range(devices)]
-        pytorch = rows_of_pytorch(theirs, devices, microbatches, chunks)
-        assert [[f"{s}{kind}{m}" for s, kind, m in row] for row in ours] == [
-            [str(action) for action in row if action] for row in pytorch
-        ]
+    """In the pairs of DualPipe, too: F&4 B0 is its (0F4;3B0)OVERLAP_F_B."""
+    list_batch, compared = LIBRARY[schedule][0], set()
+    for devices, microbatches, v in itertools.product(range(1, 9), range(1, 25), chunks):
+        extra = [v] * (schedule not in ("zb-h1", *V_SHAPED))
+        if not fits(schedule, devices, microbatches):
+            with pytest.raises(UserError, match=f"num_microbatches={microbatches} must be a"):
+                [*list_batch(0, devices, microbatches, *extra)]
+        elif schedule != "zb-h1" or microbatches % devices == 0:  # theirs needs that
+            ours = [[*list_batch(d, devices, microbatches, *extra)] for d in range(devices)]
+            assert [[f"{s}{kind}{m}" for s, kind, m in row] for row in ours] == cells(
+                rows_of_pytorch(theirs, devices, microbatches, v)
+            )
+            compared.add(devices)
+    assert compared == {*range(1, 9)}
 
 
-def test_interleaved_and_zb_h1_take_the_time_of_the_closed_form_at_150_random_sizes():
+def random_sizes(number):
+    """Devices, microbatches, stages per GPU, forward_time, backward_time."""
     numbers = random.Random(0)
-    for _ in range(150):
-        devices, rounds, chunks = (numbers.randint(1, most) for most in (7, 4, 4))
-        microbatches, f, b = devices * rounds, numbers.randint(1, 5), numbers.randint(1, 9)
-        size = {**sizes(devices, microbatches), "forward_time": f}
-        plan = plan_of("interleaved", chunks, **size, backward_time=b, layers_per_stage=chunks)
-        expected = (chunks * microbatches + devices - 1) * (f + b) / chunks
-        assert makespan(plan.events) == pytest.approx(expected)
-        plan = plan_of("zb-h1", **size, backward_time=2 * f)  # f = I = W
-        assert makespan(plan.events) == pytest.approx(f * (3 * microbatches + devices - 1))
+    return [[numbers.randint(1, most) for most in (6, 8, 4, 5, 9)] for _ in range(number)]
+
+
+def plan_in_chunks(schedule, devices, microbatches, v, **more):
+    """A plan in which each GPU has one layer per stage."""
+    size = {**sizes(devices, microbatches, more.pop("num_batches", 1)), "layers_per_stage": v}
+    return plan_of(schedule, v, **size, **more)
+
+
+def test_interleaved_and_looped_bfs_take_the_time_of_the_closed_form_at_100_random_sizes():
+    """What GPU0 runs, and D - 1 turns of 1 / V. Fewer microbatches than GPUs: V round trips."""
+    for devices, microbatches, v, f, b in random_sizes(100):
+        times = {"forward_time": f, "backward_time": b}
+        turns = v * max(microbatches, devices) + min(microbatches, devices) - 1
+        plan = plan_in_chunks("looped-bfs", devices, microbatches, v, **times)
+        assert makespan(plan.events) == pytest.approx(turns * (f + b) / v)
+        assert peak_in_flight(plan.schedule) == [microbatches] * devices
+        many = microbatches * devices
+        plan = plan_in_chunks("interleaved", devices, many, v, **times)
+        assert makespan(plan.events) == pytest.approx((v * many + devices - 1) * (f + b) / v)
+        if microbatches > 1:  # "in a long batch"
+            assert peak_in_flight(plan.schedule)[0] == pytest.approx(devices + (devices - 1) / v)
+
+
+def test_looped_bfs_hides_the_links_that_its_docstring_says():
+    """A lap has M - D turns for D hops: then only filling and draining takes longer."""
+    for devices, more, v in itertools.product((2, 3, 4), (4, 8), (2, 3)):
+        for comm in (0.25, 0.5, 1, 2):
+            turn, times = 6 / v, {"forward_time": 6, "backward_time": 6, "comm_time": comm}
+            plan = plan_in_chunks("looped-bfs", devices, devices + more, v, **times)
+            late = makespan(plan.events) - (2 * turn * (v * (devices + more) + devices - 1))
+            fits_in = devices * comm <= more * turn
+            assert (late == pytest.approx(2 * (devices - 1) * comm)) == (comm <= turn and fits_in)
+
+
+def test_zb_h1_and_interleaved_zb_have_a_third_of_the_bubble():
+    for devices, microbatches, v, f, _ in random_sizes(100):
+        times = {"forward_time": f, "backward_time": 2 * f}  # f = I = W
+        many = max(devices, microbatches)
+        plan = plan_of("zb-h1", **sizes(devices, many), **times)
+        assert makespan(plan.events) == f * (3 * many + devices - 1)
+        many = devices * microbatches
+        plan = plan_in_chunks("interleaved-zb", devices, many, v, **times)
+        assert makespan(plan.events) == pytest.approx(f * (3 * many + (devices - 1) / v))
+        whole = plan_in_chunks("interleaved", devices, many, v, **times)
+        bubbles = [makespan(each.events) - 3 * f * many for each in (plan, whole)]
+        assert bubbles[0] == pytest.approx(bubbles[1] / 3, abs=1e-9)
+        assert peak_in_flight(plan.schedule) == [devices] * devices
+        most = max(peak_in_flight(whole.schedule))
+        assert most > devices or devices == 1 or microbatches == 1
+
+
+def test_interleaved_zb_in_one_stage_per_gpu_is_zb_h1():
+    for devices, times in itertools.product(range(1, 7), range(1, 4)):
+        plans = (plan_of(name, **sizes(devices, devices * times)) for name in ZERO_BUBBLE)
+        ours, theirs = ([[op[:3] for op in row] for row in plan.schedule] for plan in plans)
+        assert ours == theirs
+
+
+def test_zb_v_is_never_idle_once_it_has_started_and_holds_what_1f1b_holds():
+    """With f = I = W, free links and M >= 2D - 1. With fewer, several batches take longer."""
+    for devices, microbatches, batches in itertools.product(range(1, 7), range(1, 15), (1, 2, 3)):
+        size = {"num_batches": batches, "backward_time": 2}
+        plan = plan_in_chunks("zb-v", devices, microbatches, 2, **size)
+        late = makespan(plan.events) - 3 * microbatches * batches - (devices - 1) / 2
+        if microbatches >= 2 * devices - 1:
+            assert late == 0
+            for row in rows_of_events(plan):
+                assert all(a.end == b.start for a, b in itertools.pairwise(row))
+        elif batches > 1:
+            assert late > 0
+        usual = plan_of("1f1b", **sizes(devices, microbatches)).schedule
+        most = max(peak_in_flight(plan.schedule))
+        assert most == min(devices, microbatches) == max(peak_in_flight(usual))
+
+
+def rows_of_events(plan):
+    return [[e for e in plan.events if e.device == device] for device in range(len(plan.schedule))]
+
+
+def test_dualpipe_v_idles_as_its_docstring_says_and_holds_half_a_microbatch_more_than_1f1b():
+    """DeepSeek's formula, where f = I >= W and a pair takes no less time than its B alone.
+
+    With f < I it is a limit. With f > I, as by default, the bubble is larger.
+    """
+    numbers = random.Random(0)
+    for _ in range(120):
+        devices, overlap = numbers.randint(1, 5), numbers.choice([1, 0.75, 0.5])
+        f, i, w = (numbers.choice([0.5, 1, 1.5, 2]) for _ in range(3))
+        size = devices, 2 * devices + numbers.randint(0, 5)
+        times = {"forward_time": 2 * f, "backward_time": 2 * (i + w), "overlap_time": overlap}
+        plan = plan_in_chunks("dualpipe-v", *size, 2, **times, weight_gradient_time=2 * w)
+        over, pair, whole = makespan(plan.events), overlap * (f + i + w), i + w
+        busy = [sum(b - a for a, b in {e[2:] for e in row}) for row in rows_of_events(plan)]
+        idle, formula = [over - time for time in busy], (devices - 1) * (pair + whole - 3 * w)
+        if w <= i == f and pair >= whole:
+            assert idle == sorted(idle)  # least where the fewest pairs save time
+            assert {*idle[-2:]} == {formula}
+        elif w <= i and f < i and pair >= whole:
+            assert max(idle) <= formula
+        elif devices > 1 and f > i:
+            assert max(idle) > formula
+        assert peak_in_flight(plan.schedule) == [devices + 1 / 2] * devices
 
 
 @pytest.mark.parametrize(("make", "times"), [(zb_h1, 1), (zb_h2, 2)])
@@ -134,6 +248,24 @@ def test_an_op_lasts_as_long_as_the_times_say(schedule, recompute, w):
         assert end - start == pytest.approx(lasts[op.kind])
 
 
+def test_a_pair_is_one_op_that_waits_for_both_inputs(tmp_path):
+    """Worked out by hand: F2 of GPU0 could start at 2, but its partner B0 needs a gradient."""
+    rows = "0F0,0F1,(0F2;0B0)OVERLAP_F_B,0B1,0B2\n1F0,1B0,1F1,1B1,1F2,1B2\n"
+    (tmp_path / "pair.csv").write_text(rows)
+    times = {"backward_time": 2, "comm_time": 1, "overlap_time": 0.75}
+    plan = plan_of(tmp_path / "pair.csv", num_batches=1, batch_size=3, **times)
+    assert plan.pairs == {(0, "F", 2)}
+    found = {str(op): (start, end) for op, _, start, end in plan.events if op.kind != "U"}
+    assert found == {
+        **{"0F0": (0, 1), "0F1": (1, 2), "0F2": (6, 8.25), "0B0": (6, 8.25)},
+        **{"0B1": (9, 11), "0B2": (13.25, 15.25)},
+        **{"1F0": (2, 3), "1B0": (3, 5), "1F1": (5, 6), "1B1": (6, 8)},
+        **{"1F2": (9.25, 10.25), "1B2": (10.25, 12.25)},
+    }
+    busy = 2 + 2.25 + 4 + 9
+    assert utilization(plan.events) == busy / (2 * 15.25)
+
+
 # -------------------------------------------------------------------------------------- training
 
 
@@ -144,12 +276,14 @@ AGAIN = {"recompute": True, "momentum": 0.9, "learning_rate": 0.02, "layers_per_
 @pytest.mark.parametrize(
     ("size", "chunks", "new"),
     [
-        *(((1, 1), 1, {}), ((3, 6), 2, {}), ((4, 4), 3, {})),
-        *(((2, 4), 2, AGAIN), ((2, 4), 2, {"network": "transformer", **AGAIN})),
+        *(((1, 1), 1, {}), ((3, 6), 2, {"comm_time": [3, 0.5, 9]}), ((4, 4), 3, {})),
+        *(((3, 2), 2, {}), ((2, 4), 2, AGAIN)),
+        ((2, 4), 2, {"network": "transformer", **AGAIN}),
     ],
 )
 def test_the_librarys_schedules_train_to_the_weights_of_plain_sgd(schedule, size, chunks, new):
-    new = {**sizes(*size, 3), "batch_size": 12, "layers_per_stage": 6, **new}
+    stages, microbatches = size if fits(schedule, *size) else (size[0], 2 * size[0])
+    new = {**sizes(stages, microbatches, 3), "batch_size": 24, "layers_per_stage": 6, **new}
     plan, versions = plan_of(schedule, chunks, **new), VersionCount()
     run, again = same_as_recurrence(plan), {**plan.config, "recompute": False}
     once = train_plan(plan._replace(config=again), torch.float64, watch=versions)
@@ -197,16 +331,23 @@ def test_a_plan_of_the_storys_schedules_is_what_the_story_does():
 
 
 def test_all_plans_list_every_schedule_once_flushes_first():
-    plans, reasons = all_plans(SMALL)
+    plans, reasons = all_plans({**SMALL, "num_microbatches": 8, "layers_per_stage": 6})
     assert [plan.name for plan in plans] == [
         *(*FLUSHING, "pipedream", "  vertical sync", "  no stashing")
     ]
     assert not reasons
-    plans, (reason,) = all_plans({**SMALL, "num_microbatches": 2})
-    assert "interleaved" not in [plan.name for plan in plans]
-    assert "num_microbatches=2 must be a multiple of num_stages=4 for interleaved" in (
-        reason.replace("\n", " ")
-    )
+    plans, reasons = all_plans({**SMALL, "num_microbatches": 2})
+    left_out = [*V_SHAPED, "interleaved", "interleaved-zb"]
+    assert [plan.name for plan in plans][:-3] == [n for n in FLUSHING if n not in left_out]
+    told = " ".join(" ".join(reasons).split())
+    many = "num_microbatches=2 must be a multiple of num_stages=4 for this schedule"
+    for name, why in {
+        "interleaved": many,
+        "interleaved-zb": many,
+        "dualpipe-v": "num_microbatches=2 must be at least 2 * num_stages=8",
+        "zb-v": "num_stages * layers_per_stage is 12 layers, which cannot be split evenly",
+    }.items():
+        assert f"{name} is left out: {why}" in told
     with pytest.raises(UserError, match="num_stages"):
         all_plans({**SMALL, "num_stages": 0})
 
@@ -238,6 +379,7 @@ BAD = {
     "weight_gradient_time": [None, 1, -1, 0.9999, [0.5], [2] * 4],
     "chunks_per_gpu": [None, 0, 1.5, [3], True],
     "in_flight": [-1, "x"],
+    "overlap_time": [None, 0, 1.01, True, [1]],
     "num_stages": [0, None, [4], 10**30],
     "forward_time": [[], [1] * 5, float("nan")],
 }

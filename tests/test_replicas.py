@@ -85,7 +85,7 @@ def test_replicas_share_the_microbatches_in_turn_and_update_together():
 @pytest.mark.parametrize("update_time", [0, 2.5])
 def test_a_replica_that_waits_to_update_waits_for_the_last_one(update_time):
     events = simulated(update_time)
-    gaps, over = idle_times(events), max(e.end for e in events)
+    gaps, over = idle_times(events, {}), max(e.end for e in events)
     for device in range(4):
         mine = [found for found in (*events, *gaps) if found.device == device]
         now = 0

@@ -152,13 +152,17 @@ def test_without_stashing_backwards_meet_other_weights_and_with_it_never():
 # ---------------------------------------------------------------- laws, over random configs
 
 times = st.sampled_from([1, 2, 0.5, 3.25])
+slow_links = st.sampled_from([0, 0.5, 7, 20])
 
 
 @st.composite
 def configs(draw):
     num_stages = draw(st.integers(1, 7))
     stashing = draw(st.booleans())
-    per_stage = st.one_of(times, st.lists(times, min_size=num_stages, max_size=num_stages))
+    per_stage, of_links = (
+        st.one_of(some, st.lists(some, min_size=num_stages, max_size=num_stages))
+        for some in (times, slow_links)
+    )
     return {
         **CONFIG,
         "schedule": draw(st.sampled_from(list(SCHEDULES))),
@@ -170,7 +174,7 @@ def configs(draw):
         "vertical_sync": stashing and draw(st.booleans()),
         "forward_time": draw(per_stage),
         "backward_time": draw(per_stage),
-        "comm_time": draw(st.one_of(st.just(0), times)),
+        "comm_time": draw(of_links),
     }
 
 
@@ -215,29 +219,31 @@ def test_simulated_times_are_those_of_a_plain_relaxation(config):
     def of_stage(key, stage):
         return config[key][stage] if isinstance(config[key], list) else config[key]
 
-    ends, moved = {}, True
+    ends, arrives, moved = {}, {}, True
     while moved:
         moved = False
-        for row in rows:
-            free = 0
+        for stage, row in enumerate(rows):
+            free, link_free = 0, {}  # (from, to) -> when the last message has arrived
             for op in row:
-                stage, kind, microbatch, _ = op
-                ready = [free]
-                if kind == "F" and stage > 0:
-                    before = (stage - 1, "F", microbatch)
-                    ready.append(ends.get(before, 0) + config["comm_time"])
+                _, kind, microbatch, _ = op
+                before = {"F": (stage - 1, "F"), "B": (stage + 1, "B")}.get(kind, (stage, "U"))
+                ready = [free, arrives.get((*before, microbatch), 0)]
                 if kind == "B":
                     ready.append(ends.get((stage, "F", microbatch), 0))
-                if kind == "B" and stage < last:
-                    before = (stage + 1, "B", microbatch)
-                    ready.append(ends.get(before, 0) + config["comm_time"])
                 cost = {"F": "forward_time", "B": "backward_time"}.get(kind)
                 end = max(ready) + (of_stage(cost, stage) if cost else 0)
                 moved |= ends.get(op[:3]) != end
                 ends[op[:3]] = free = end
+                to = stage + {"F": 1, "B": -1, "U": 0}[kind]
+                if to != stage and 0 <= to <= last:
+                    leaves = max(end, link_free.get(to, 0))
+                    arrives[op[:3]] = link_free[to] = leaves + of_stage("comm_time", stage)
 
-    events = simulate(rows, config)
-    assert {event.op[:3]: event.end for event in events} == pytest.approx(ends)
+    links = {}
+    events = simulate(rows, config, links=links)
+    assert {event.op[:3]: event.end for event in events} == ends
+    messages = [message for link in links.values() for message in link]
+    assert {message.op[:3]: message.end for message in messages} == arrives
     assert [event.start for event in events] == sorted(event.start for event in events)
     position = {event.op[:3]: i for i, event in enumerate(events)}
     for stage, kind, microbatch in position:  # an op is listed after what it needs
@@ -256,6 +262,26 @@ def test_a_comm_time_a_stage_counts_only_between_devices():
     ends = {str(event.op): event.end for event in events}
     compute = {name: end for name, end in ends.items() if "U" not in name}
     assert compute == {"0F0": 1, "1F0": 7, "2F0": 15, "2B0": 16, "1B0": 28, "0B0": 36}
+
+
+def test_a_link_carries_one_message_at_a_time_in_each_direction():
+    """Worked out by hand: F1 and F2 wait for the link down, and B0 goes up while it carries F1."""
+    _, _, events = make("1f1b", 2, 3, 1, comm_time=3)
+    found = {str(op): (start, end) for op, _, start, end in events if op.kind != "U"}
+    assert found == {
+        **{"0F0": (0, 1), "0F1": (1, 2), "0B0": (9, 10), "0F2": (10, 11)},
+        **{"0B1": (12, 13), "0B2": (19, 20)},
+        **{"1F0": (4, 5), "1B0": (5, 6), "1F1": (7, 8), "1B1": (8, 9)},
+        **{"1F2": (14, 15), "1B2": (15, 16)},
+    }
+
+
+@pytest.mark.parametrize(("s", "m", "comm"), [(4, 32, 4), (2, 2, 3), (3, 5, 1), (6, 9, 2.5)])
+def test_links_slower_than_the_ops_set_the_time_of_gpipe(s, m, comm):
+    """Each way, the first microbatch takes S ops and S - 1 hops, the others follow a hop apart."""
+    _, _, events = make("gpipe", s, m, 1, comm_time=comm)
+    assert makespan(events) == 2 * (s + (m + s - 2) * comm)
+    assert (s, m, comm) != (4, 32, 4) or makespan(events) == 280
 
 
 def test_rows_that_wait_in_a_circle_are_named():

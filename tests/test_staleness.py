@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from pipedream.backstage.measures import staleness as stale
 from pipedream.commands import search, staleness, worth
 from pipedream.schedules.plans import PLAN_CONFIG, all_plans, make_plan
+from pipedream.schedules.rows import LIBRARY
 from pipedream.staleness import delays, tuning
 from pipedream.staleness.delays import OPTIMIZERS, Training, delayed_training, momentum, sgd
 from pipedream.staleness.tuning import batches_to, fastest
@@ -217,11 +218,12 @@ def test_seeds_that_choose_a_rate_are_not_those_that_are_shown(monkeypatch):
     assert all(seeds.isdisjoint(shown) for seeds in used if seeds != shown)
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "pipedream", "interleaved"])
+@pytest.mark.parametrize("schedule", ["gpipe", "pipedream", "interleaved", "zb-v", "dualpipe-v"])
 def test_a_loss_is_known_when_its_last_forward_ends_on_the_last_stage(schedule):
-    plan = make_plan({**PLAN_CONFIG, "schedule": schedule, "num_batches": 3})
+    sizes = {"num_batches": 3, "num_microbatches": 8, "layers_per_stage": 6}
+    plan = make_plan({**PLAN_CONFIG, "schedule": schedule, **sizes})
     last = plan.config["num_stages"] - 1
-    ends = [max(e.end for e in plan.events if e.op[:3] == (last, "F", 4 * b + 3)) for b in range(3)]
+    ends = [max(e.end for e in plan.events if e.op[:3] == (last, "F", 8 * b + 7)) for b in range(3)]
     assert worth.loss_times(plan) == ends
 
 
@@ -242,12 +244,23 @@ def check_output(result, folder, picture):
         assert image.width == 1400
 
 
-def test_worth_runs_and_writes(run, tmp_path):
-    result = run("worth", "--loss", 2.2, *flags_of(**SMALL, num_batches=20, chunks_per_gpu=1))
+def test_worth_runs_and_writes(run, tmp_path, monkeypatch):
+    def note(config, delays, *rest):
+        trained.append(delays)
+        return train_delayed(config, delays, *rest)
+
+    trained, train_delayed = [], worth.train_delayed
+    monkeypatch.setattr(worth, "train_delayed", note)
+    sizes = {"num_batches": 20, "num_microbatches": 8, "layers_per_stage": 2, "chunks_per_gpu": 2}
+    result = run("worth", "--loss", 2.2, *flags_of(hidden_size=12, **sizes))
     check_output(result, tmp_path, "worth.png")
-    rows = [re.split("  +", line.strip()) for line in result.out.splitlines()[1:7]]
-    assert [row[0] for row in rows] == ["naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2"]
-    assert len({row[5] for row in rows}) == 1  # one training for all that flush
+    assert "left out" not in result.out
+    rows = [re.split("  +", line.strip()) for line in result.out.splitlines()[1:14]]
+    assert {row[0] for row in rows} == {*LIBRARY, "vertical sync", "no stashing"}
+    assert trained == [[0, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]  # one for all that flush
+    held = {row[0]: row[2] for row in rows}
+    in_closed_form = {"zb-v": "4", "dualpipe-v": "4.5", "interleaved": "5.5", "looped-bfs": "8"}
+    assert held.items() >= in_closed_form.items()
 
 
 def test_staleness_and_search_run_and_write(run, tmp_path, monkeypatch):

@@ -29,8 +29,8 @@ DEFAULTS = {"num_microbatches": 8, "backward_time": 2, "layers_per_stage": 2, "c
 
 SLOW = 0.5  # of a GPU's forward, for a message
 SIMULATED = """\
-   From GPU0 to the last, each at its peak: microbatches in flight (one that is on
-   one of a GPU's V stages counts 1/V), weight versions kept, and updates missed
+   From GPU0 to the last, each at its peak: microbatches in flight (on one of a
+   GPU's V stages it counts 1/V), weight versions kept, and updates missed
    (stale). At 1F1B's memory: no GPU holds more microbatches than GPU0 does with
    1f1b, nor a second weight version."""
 MEASURED = """\

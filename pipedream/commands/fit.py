@@ -3,7 +3,7 @@
     python -m pipedream fit                      Llama 2 7B on 8 GPUs of 80 GB, with Adam
     python -m pipedream fit --model llama-2-70b --gpus 16 --memory 141e9
 
-One stage per GPU; activations as in Korthikanti et al. 2022.
+One stage per GPU, or two; activations as in Korthikanti et al. 2022.
 """
 
 import textwrap
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pipedream.backstage.measures import peak_versions
 from pipedream.planning import footprint
 from pipedream.planning.footprint import Memory, count_parameters
-from pipedream.schedules.plans import PLAN_CONFIG, Plan, make_plan
+from pipedream.schedules.plans import PLAN_CONFIG, Plan, make_plan, run_rows
 from pipedream_simple import UserError, check_value, count, format_table, makespan
 
 KEYS = {
@@ -25,7 +25,7 @@ KEYS = {
     "ffn": None,  # hidden size of the MLP
     "vocabulary": None,  # tokens that there are
     "sequence": None,  # tokens in a sequence
-    "gpus": 8,  # one stage each
+    "gpus": 8,  # one stage each, or two
     "num_microbatches": 32,  # per batch
     "microbatch_size": 1,  # sequences
     "precision": "bf16",  # or fp32
@@ -40,21 +40,35 @@ FIT_RULES: dict[str, Any] = {
     **{"gpus": (int, 1, 256), "num_microbatches": (int, 1, 1024), "memory": (float, 1, 1e18)},
 }
 
+PYTORCH = {  # schedule -> its class in torch.distributed.pipelining; it has no other of these
+    "gpipe": "ScheduleGPipe",
+    "1f1b": "Schedule1F1B",
+    "zb-h1": "ScheduleInterleavedZeroBubble with one stage per GPU",
+    "zb-h2": "",
+    "zb-v": "ScheduleZBVZeroBubble",
+    "dualpipe-v": "ScheduleDualPipeV",
+    "interleaved": "ScheduleInterleaved1F1B",
+    "interleaved-zb": "ScheduleInterleavedZeroBubble",
+    "looped-bfs": "ScheduleLoopedBFS",
+}
 PARTS = ["weights", "grads", "optim.", "stash", "activ."]
 LEGEND = """\
    GB on the GPU that needs most. +: fits into {:g} GB. time: of a batch; 1.00
    would be equal stages, never idle, without recompute. Of pipedream, once the
    pipeline is full. The products of attention itself are not counted. 2019: as
    in the paper, with an update per microbatch; the others have one per batch.
-   Interleaved schedules are not listed.
+   From zb-v to looped-bfs: two stages per GPU; of zb-v and dualpipe-v GPU0 has
+   embedding and head. Links are free here, so twice the messages cost nothing,
+   and dualpipe-v, which overlaps ops to hide them, gains nothing. Recompute is
+   listed where it saves memory.
 """
 
 
 def main(config: dict) -> None:
     check_fit(config)
     net = footprint.complete(config)
-    ways = [*ways_to_run(net)]
-    print(describe_request(net), *format_table(table_of(ways, net["memory"])), sep="\n")
+    ways, reasons = ways_to_run(net)
+    print(describe_request(net), *format_table(table_of(ways, net["memory"])), *reasons, sep="\n")
     print(LEGEND.format(net["memory"] / 1e9))
     print(*(textwrap.fill(text, 80) for text in advise(net, ways)), sep="\n")
 
@@ -115,31 +129,54 @@ class Way(NamedTuple):
         return sum(self.fullest)
 
 
-def ways_to_run(net: dict) -> Iterator[Way]:
-    """Every schedule, without and with recompute."""
+def ways_to_run(net: dict) -> tuple[list[Way], list[str]]:
+    """Every schedule, without and with recompute; and the reasons why some are impossible."""
     gpus, number = net["gpus"], net["num_microbatches"]
     batches = {"num_microbatches": number, "batch_size": number, "num_batches": 2}
     one_each = {"num_microbatches": 1, "batch_size": 1, "num_batches": 2 * gpus}
-    ways = {name: {"schedule": name, **batches} for name in ("gpipe", "1f1b", "zb-h1", "zb-h2")}
+    ways = {name: {"schedule": name, **batches} for name in PYTORCH}
     if number >= gpus - 1:  # or it has more than two. (ICML 2021, section 3.1, asks for one more)
         two_versions = {"schedule": "pipedream", "vertical_sync": True}
         ways["pipedream 2BW"] = {**batches, "num_batches": 3, **two_versions}
     ways["pipedream 2019"] = {"schedule": "pipedream", **one_each}
-    stages = {"num_stages": gpus, **times_of_stages(net)}
+    found, reasons = list[Way](), list[str]()
     for name, settings in ways.items():
-        for recompute in (False, True):
-            plan = make_plan({**PLAN_CONFIG, **stages, **settings, "recompute": recompute})
-            time = time_of_batch(plan, number)
-            yield Way(name + " with recompute" * recompute, [*memory_at_most(net, plan)], time)
+        try:
+            plans = [*plans_of(net, settings)]
+        except UserError as error:
+            text = f"{name} is left out: {error}".replace("num_stages", "gpus")
+            reasons.append(textwrap.fill(text, 80))
+            continue
+        for plan in plans:
+            way = Way(name, [*memory_at_most(net, plan)], time_of_batch(plan, number))
+            if not plan.config["recompute"]:
+                found.append(way)
+            elif way.needs < found[-1].needs:
+                found.append(way._replace(name=f"{name} with recompute"))
+    return found, reasons
+
+
+def plans_of(net: dict, settings: dict) -> Iterator[Plan]:
+    """Without and with recompute; with a time for each stage: only the last one has the head."""
+    cut = {"num_stages": net["gpus"], "layers_per_stage": 2, "chunks_per_gpu": 2}
+    plan = make_plan({**PLAN_CONFIG, **cut, **settings})
+    stages = plan.config["num_stages"]
+    if stages > net["layers"]:
+        raise UserError(f"layers={net['layers']} cannot be cut into {stages} stages")
+    for recompute in (False, True):
+        times = times_of_stages({**net, "stages": stages})
+        config = {**plan.config, **times, "recompute": recompute}
+        events, _ = run_rows(plan.schedule, config, plan.pairs)
+        yield plan._replace(config=config, events=events)
 
 
 def times_of_stages(net: dict) -> dict[str, list[float]]:
-    """A forward of all stages takes as many units as there are; a backward takes twice as long.
+    """A forward of all stages takes as many units as there are GPUs; a backward twice as long.
 
     A stage takes time for its layers' weights, the last one also for the head's.
     """
     of_layer, head = count_parameters(net)
-    work = [footprint.layers_in_stage(net, stage) * of_layer for stage in range(net["gpus"])]
+    work = [footprint.layers_in_stage(net, stage) * of_layer for stage in range(net["stages"])]
     work[-1] += head
     forward = [each * net["gpus"] / sum(work) for each in work]
     return {"forward_time": forward, "backward_time": [2 * time for time in forward]}
@@ -155,10 +192,10 @@ def time_of_batch(plan: Plan, num_microbatches: int) -> float:
 
 def memory_at_most(net: dict, plan: Plan) -> Iterator[Memory]:
     """Of each GPU, at the op at which it holds the most."""
-    versions_of = peak_versions(plan.schedule)
-    for gpu, (row, versions) in enumerate(zip(plan.schedule, versions_of, strict=True)):
+    cut = {**net, "stages": plan.config["num_stages"]}
+    for row, versions in zip(plan.schedule, peak_versions(plan.schedule), strict=True):
         held = {*footprint.microbatches_held(row, plan.config["recompute"])}
-        yield max((footprint.memory_of(net, gpu, versions, *pair) for pair in held), key=sum)
+        yield max((footprint.memory_of_gpu(cut, versions, each) for each in held), key=sum)
 
 
 # ------------------------------------------------------------------------------------- advice
@@ -185,14 +222,19 @@ def describe_fastest(net: dict, fitting: list[Way]) -> str:
     """Of two that are as fast, the one with fresh gradients; then the one that needs less."""
     fitting = sorted(fitting, key=lambda w: (round(w.time, 3), "pipedream" in w.name, w.needs))
     best, fresh = fitting[0], next((w for w in fitting if "pipedream" not in w.name), None)
-    text = f"{best.name} is the fastest of these that fits"
+    text = f"{best.name} is the fastest of these that fits{in_pytorch(best)}"
     if best is not fresh:
         age = f"up to {net['gpus'] - 1} updates" if "2019" in best.name else "one batch"
         text += f", but its gradients are {age} old"
         if fresh:
-            slower = fresh.time / best.time - 1
-            text += f". With fresh gradients: {fresh.name}, {slower:.0%} longer per batch"
+            slower = f", {fresh.time / best.time - 1:.0%} longer per batch"
+            text += f". With fresh gradients: {fresh.name}{in_pytorch(fresh)}{slower}"
     return text + "."
+
+
+def in_pytorch(way: Way) -> str:
+    name = PYTORCH.get(way.name.removesuffix(" with recompute"))
+    return f" (PyTorch: {name})" if name else " (PyTorch has no schedule for it)"
 
 
 def describe_stashing(ways: list[Way]) -> str:

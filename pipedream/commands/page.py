@@ -106,7 +106,9 @@ def plan_data(plan: Plan) -> dict:
         return texts.setdefault(text, len(texts))
 
     gaps = idle_times(plan.events, plan.links)
-    times = sorted({time for found in (*plan.events, *gaps) for time in (found.start, found.end)})
+    spans = [(found.start, found.end) for found in plan.events]
+    spans += [(gap.start, gap.end) for gap in gaps]
+    times = sorted({time for span in spans for time in span})
     place = {time: i for i, time in enumerate(times)}
     number_of = {event: i for i, event in enumerate(plan.events)}
     held = [zip(held_by(row), kept_versions(row), strict=True) for row in plan.schedule]

@@ -17,13 +17,13 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from pipedream.backstage.audit import VersionCount
-from pipedream.backstage.measures import peak_in_flight
+from pipedream.backstage.measures import idle_times, peak_in_flight
 from pipedream.planning.profiles import read_graph
 from pipedream.planning.search import best_partition
 from pipedream.published import PROFILES, PUBLISHED, TABLE_5
 from pipedream.schedules.halves import train_plan
 from pipedream.schedules.plans import PLAN_CONFIG, Plan, make_plan
-from pipedream_simple import Op, Step, count, format_per_gpu, format_table, inputs_of, simulate
+from pipedream_simple import Op, Step, format_per_gpu, format_table, inputs_of, makespan, simulate
 
 TAKES = ""
 
@@ -60,11 +60,14 @@ def digits(number: float, places: int = 4) -> str:
     return f"{number:.{places}f}".removeprefix("0")
 
 
-def plan_of(name: str, p: int, m: int, forward=1.0, backward=2.0, w=0.0, comm=0.0, **more) -> Plan:
-    """One batch of m microbatches on p GPUs; w is W's part of a backward, 0 half of it."""
+def plan_of(name: str, p, m, forward=1.0, backward=2.0, w=0.0, comm=0.0, v=1, **more) -> Plan:
+    """One batch of m microbatches on p GPUs with v chunks each, if it has them (zb-v has two).
+
+    Times are of a GPU; w is W's part of a backward, 0 half of it.
+    """
     config = {"schedule": name, "num_stages": p, "num_microbatches": m, "num_batches": 1}
     config |= {"forward_time": forward, "backward_time": backward, "weight_gradient_time": w}
-    config |= {"comm_time": comm, "batch_size": m, "layers_per_stage": 1, "chunks_per_gpu": 1}
+    config |= {"comm_time": comm, "batch_size": m, "layers_per_stage": 2 * v, "chunks_per_gpu": v}
     config |= {"recompute": False, "vertical_sync": False, "weight_stashing": True, "in_flight": 0}
     config |= {"network": "residual", "hidden_size": 12, "device": "cpu"}
     return make_plan({**PLAN_CONFIG, **config, **more})
@@ -104,8 +107,8 @@ def bubble_rates() -> list[tuple[str, dict[str, str], dict[str, float]]]:
         says = dict(zip(columns, line, strict=True))
         p, m, layers = (int(says[key]) for key in ("p", "m", "layers"))
         f, i, w, comm = (float(says[key]) for key in ("T_F", "T_B", "T_W", "T_comm"))
-        setting, v = (p, m, f, i + w, w, comm), layers // p
-        plan = plan_of("interleaved", *setting, chunks_per_gpu=v, layers_per_stage=v)
+        setting = p, m, f, i + w, w, comm
+        plan = plan_of("interleaved", *setting, layers // p)
         costs = {"all": cost(plan), "shortcut": shortcut(plan)}
         for name in ("1F1B", "ZB-H1", "ZB-H2"):
             costs[name] = cost(plan_of(name.lower(), *setting))
@@ -121,7 +124,8 @@ def table_5() -> Iterator[Figure]:
     """Zero Bubble (Qi et al., ICLR 2024, arXiv 2401.10241), Table 5: bubble rates
 
     From profiled times, simulated there and here. Assumed: an op starts when its
-    GPU is free and its input has arrived; links are never crowded; the rate is
+    GPU is free and its input has arrived (a link carries one message at a time,
+    but here they are so short that none waits for another); the rate is
     1 - m (F + I + W) / cost, and the cost the time from a GPU's first op to its
     last (with ZB-H2, GPUs do not wait for each other between batches). The
     column ZB-1p is that of ZB-H1.
@@ -163,16 +167,43 @@ def equal_times() -> Iterator[Figure]:
     """The repository of Zero Bubble, for F = I = W: multiples of 1F1B
 
     Assumed: p = 8, m = 32. ZB-1P is ZB-H1 here, ZB-2P ZB-H2; the first GPU's
-    activations, where 2 stands for 2 - 1 / p.
+    activations, where 2 stands for 2 - 1 / p. ZB-V has no bubble at the memory of
+    1F1B. The price: two stages per GPU, so twice the messages; the first and the
+    last stage of the network on one GPU; with other than equal times a bubble.
+    Then, in forwards of a GPU, closed forms: one batch; each further one, which is
+    3 m and the bubble; microbatches held.
     """
-    plans = {name: plan_of(name, 8, 32) for name in ("1f1b", "zb-h1", "zb-h2")}
+    closed = {"1f1b": "117 117 8", "zb-h1": "103 103 8", "zb-h2": "103 96 15", "zb-v": "99.5 96 8"}
+    plans = {name: plan_of(name, 8, 32) for name in closed}
     idle = {name: cost(plan) - 32 * 3 for name, plan in plans.items()}
     held = {name: peak_in_flight(plan.schedule)[0] for name, plan in plans.items()}
-    for name, bubble, activations in (("zb-h1", "1/3", "1"), ("zb-h2", "0", "2")):
+    sent = {name: sum(map(len, plan.links.values())) for name, plan in plans.items()}
+    for name, bubble, most in (("zb-h1", "1/3", "1"), ("zb-h2", "0", "2"), ("zb-v", "0", "1")):
         part = Fraction(idle[name] / idle["1f1b"]).limit_denominator(1000)
         yield Figure(f"bubble of {name}", bubble, str(part))
         times = f"{held[name] / held['1f1b']:g}"
-        yield Figure(f"activations of {name}", activations, times, exact=name == "zb-h1")
+        yield Figure(f"activations of {name}", most, times, exact=name != "zb-h2")
+    yield Figure("messages of zb-v", "2", f"{sent['zb-v'] / sent['1f1b']:g}")
+    for name, published in closed.items():
+        one, two = (makespan(plan_of(name, 8, 32, num_batches=n).events) for n in (1, 2))
+        yield Figure(name, published, f"{one:g} {two - one:g} {held[name]:g}")
+
+
+def several_stages() -> Iterator[Figure]:
+    """Several stages per GPU, for F = I = W: bubble and activations in closed form
+
+    In forwards of a GPU, and in microbatches. interleaved (Megatron-LM):
+    3 (p - 1) / v, and p + (p - 1) / v if m > p. looped-bfs (Lamy-Poirier, MLSys
+    2023): the same bubble, and m. interleaved-zb: ZB1P's bubble over v, and p; it
+    is PyTorch's, which publishes no formula.
+    """
+    for p, m, v in ((4, 8, 2), (8, 32, 4)):
+        turns = (p - 1) / v
+        closed = {"interleaved": (3 * turns, p + turns), "looped-bfs": (3 * turns, m)}
+        for name, (bubble, most) in {**closed, "interleaved-zb": (turns, p)}.items():
+            plan = plan_of(name, p, m, v=v)
+            ours = f"{cost(plan) - 3 * m:g}, {max(peak_in_flight(plan.schedule)):g}"
+            yield Figure(f"{name} p={p} m={m} v={v}", f"{bubble:g}, {most:g}", ours)
 
 
 def dualpipe() -> Iterator[Figure]:
@@ -187,6 +218,37 @@ def dualpipe() -> Iterator[Figure]:
             yield Figure(f"{name} p={p} B={b:g} W={w:g}", f"{formula:g}", f"{idle:g}")
 
 
+def in_pairs() -> Iterator[Figure]:
+    """The same table, DualPipe, here dualpipe-v: PP stages on D = PP / 2 GPUs
+
+    (PP/2 - 1)(F&B + B - 3W), where F&B is a pair that overlaps, and PP + 1 chunks
+    of activations per GPU. Assumed: m = 3 D, times per stage, a pair is one op.
+    Ours is the GPU that idles most, until the batch is done. That is the formula
+    if I = F and W <= F (I = B - W). It is an upper bound if I is longer than F and
+    than W, and too low if I is shorter than F.
+
+    Which GPU idles most? All have 2 m forwards and 2 m backwards to run in the same
+    time, and each pair saves F + B - F&B: the more pairs, the more idle time. GPU d
+    has 2 (m - D) - (D - 1 - d) pairs, the last GPU one less. Backwards start on
+    GPU0, which has the loss. Until the first one has been to the last GPU and back,
+    GPU d runs D - 1 - d of them in halves, to pass on I early, and overlaps none.
+    So the last two GPUs, at the bottom of the V, idle most, and GPU0 least.
+    """
+    times = [(2, 1, 2, 1, 2), (8, 1, 2, 1, 2.5), (16, 1, 2, 1, 2), (4, 1, 1.5, 0.5, 2)]
+    times += [(4, 1, 3, 1, 3), (4, 2, 4, 1, 5), (4, 1, 1.5, 0.75, 2)]  # I longer, longer, shorter
+    for d, f, b, w, both in [*times, *((4, 1, 2, 1, both) for both in (3, 2.5, 2))]:
+        plan = plan_of("dualpipe-v", d, 3 * d, 2 * f, 2 * b, 2 * w, overlap_time=both / (f + b))
+        waits = idle_times(plan.events, plan.links)
+        idle = [sum(i.end - i.start for i in waits if i.device == gpu) for gpu in range(d)]
+        what, formula = f"D={d} F={f} B={b} W={w} F&B={both}", f"{(d - 1) * (both + b - 3 * w):g}"
+        yield Figure(what, formula, f"{max(idle):g}", exact=b - w == f)
+    for gpu, row in enumerate(plan.schedule):  # of the last one
+        pairs = sum(op[:3] in plan.pairs for op in row)
+        yield Figure(f"   GPU{gpu}, {pairs} pairs", formula, f"{idle[gpu]:g}", exact=gpu >= d - 2)
+    held = [f"{2 * number:g}" for number in peak_in_flight(plan.schedule)]
+    yield Figure("   chunks held", format_per_gpu([2 * d + 1] * d), format_per_gpu(held))
+
+
 def megatron() -> Iterator[Figure]:
     """Megatron-LM (Narayanan et al., SC 2021), section 2.2: bubble over ideal time
 
@@ -196,7 +258,7 @@ def megatron() -> Iterator[Figure]:
     """
     for p, m, v in ((4, 8, 1), (4, 8, 2), (8, 32, 1), (8, 32, 2), (8, 32, 4), (16, 16, 2)):
         name = "interleaved" if v > 1 else "1f1b"
-        ours = cost(plan_of(name, p, m, chunks_per_gpu=v, layers_per_stage=v)) / (3 * m) - 1
+        ours = cost(plan_of(name, p, m, v=v)) / (3 * m) - 1
         yield Figure(f"p={p} m={m} v={v}", digits((p - 1) / (v * m)), digits(ours))
     once, again = (cost(plan_of("1f1b", 8, 32, recompute=on)) for on in (False, True))
     yield Figure("throughput lost by recomputing", ".33", digits(1 - once / again, 2), exact=False)
@@ -252,14 +314,13 @@ def planner() -> Iterator[Figure]:
 
 NOT_COMPARED = """Not compared:
    ZB-2p (Tables 4, 5): its schedules come from a search that is not here.
-   DualPipe, (p/2 - 1)(F&B + B - 3W): F&B is a pair of overlapped ops, and ours
-   never overlap.
+   V-Half, V-Min (arXiv 2405.15362): less memory than ZB-V; not here.
    2BW's throughput, 1.6 and 1.15 times PipeDream-Flush's: at an M unknown here.
    ResNet-50's plan, data parallelism in the paper and 8-4-4 in the authors'
    configurations: needs its profile, which `python -m pipedream plan` reads."""
 
-SOURCES = [table_5, table_5_interleaved, table_4, equal_times, dualpipe, megatron, gpipe_throughput]
-SOURCES += [two_versions, planner]
+SOURCES = [table_5, table_5_interleaved, table_4, equal_times, several_stages, dualpipe]
+SOURCES += [in_pairs, megatron, gpipe_throughput, two_versions, planner]
 
 # ------------------------------------------------------------------------------------- report
 
@@ -279,7 +340,7 @@ def main(config: dict) -> None:
     print(
         f"""{NOT_COMPARED}
 
-{count(len(figures), "figure")}: {sum(agree)} of the {len(agree)} that must agree to the last
+{len(figures)} figures: {sum(agree)} of the {len(agree)} that must agree to the last
 digit do, and of the {len(shares)} others {", ".join(within)}.""",
         flush=True,
     )

@@ -2,10 +2,12 @@
 
     python -m pipedream worth                a minute: a table and worth.png
     python -m pipedream worth --num_microbatches 16
+    python -m pipedream worth --num_microbatches 8 --layers_per_stage 6
 
 A schedule without a flush has more batches in the same time, and each of them helps less. Each is
 trained at its best learning rate, with the recurrence that a pipeline computes, not op by op
-(except without stashing).
+(except without stashing). The third line is for zb-v and dualpipe-v: they need layers that divide
+among twice as many stages, and dualpipe-v at least two microbatches per GPU.
 """
 
 from functools import partial
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipedream.backstage.measures import peak_in_flight, staleness
+from pipedream.backstage.measures import in_short, peak_in_flight, staleness
 from pipedream.backstage.output import check_output, draw_and_write
 from pipedream.backstage.text import progress
 from pipedream.schedules.halves import train_plan
@@ -33,8 +35,7 @@ LEGEND = """\
    below {target:g}: mean (lowest to highest) of {seeds} seeds, at the best of 6 or more
    learning rates, chosen on three other seeds; no stashing has pipedream's.
    first: on how many seeds it gets there before pipedream. -: not all seeds got
-   there. held: the most microbatches in flight on a GPU (interleaved: on one of
-   its chunks each)."""
+   there. held: the most microbatches in flight on a GPU."""
 
 
 class Curve(NamedTuple):
@@ -127,14 +128,14 @@ def table_of_curves(curves: list[Curve], hero: Curve, target: float) -> list[lis
     table = [[*heads]]
     for curve in curves:
         cells = [curve.plan.name, f"{utilization(curve.plan.events):.1%}"]
-        cells += [str(max(peak_in_flight(curve.plan.schedule))), str(curve.stale)]
+        cells += [*in_short([max(peak_in_flight(curve.plan.schedule))]), str(curve.stale)]
         cells += [f"{curve.rate:.2g}", tuning.spread(curve.batches), tuning.spread(curve.reached)]
         table.append([*cells, "" if curve is hero else str(curve.ahead_of(hero))])
     return table
 
 
-COLORED = "pipedream", "  vertical sync", "zb-h1", "zb-h2", "  no stashing", "interleaved"
-DASHES = {"  no stashing": "--", "1f1b": "--", "naive": ":"}
+COLORED = "pipedream", "  vertical sync", "zb-v", "zb-h2", "  no stashing", "interleaved-zb"
+DASHES = {"  no stashing": "--", "1f1b": "--", "naive": ":", "zb-h1": "-.", "looped-bfs": ":"}
 
 
 def draw_worth(curves: list[Curve], hero: Curve, target: float, visual):
@@ -147,7 +148,7 @@ def draw_worth(curves: list[Curve], hero: Curve, target: float, visual):
         "Simulated time, means at the best learning rates; bands: the seeds of these two.",
     ]
     figure = visual.new_picture(1400, 720, title, lines)
-    axes = visual.add_axes(figure, 110, 140, 1000, 490)
+    axes = visual.add_axes(figure, 110, 140, 900, 490)
     for curve in curves:
         name = curve.plan.name
         color = visual.HUES[COLORED.index(name)] if name in COLORED else visual.GREY

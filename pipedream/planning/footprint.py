@@ -1,6 +1,7 @@
 """What does a transformer keep on each GPU of a pipeline? Counted, not measured."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pipedream_simple import Op
@@ -25,9 +26,10 @@ class Memory(NamedTuple):
 
 
 def complete(config: dict) -> dict:
-    """The config with its model's numbers where none are given."""
+    """The config with its model's numbers where none are given, cut into one stage per GPU."""
     preset = dict(zip(NETWORK, PRESETS[config["model"]], strict=True))
-    return {k: preset[k] if value is None else value for k, value in config.items()}
+    net = {k: preset[k] if value is None else value for k, value in config.items()}
+    return {**net, "stages": net["gpus"]}
 
 
 def count_parameters(net: dict) -> tuple[int, int]:
@@ -52,12 +54,12 @@ def count_activations(h: int, heads: int, kv_heads: int, ffn: int, mlp: int = 4)
 
 def layers_in_stage(net: dict, stage: int) -> int:
     """As even as possible; where it is not, the first stages have one more."""
-    return net["layers"] // net["gpus"] + (stage < net["layers"] % net["gpus"])
+    return net["layers"] // net["stages"] + (stage < net["layers"] % net["stages"])
 
 
 def parameters_of(net: dict, stage: int) -> int:
     """Of the stage's layers, of the embedding in front and of norm and head at the end."""
-    first, last = stage == 0, stage == net["gpus"] - 1
+    first, last = stage == 0, stage == net["stages"] - 1
     of_layer, embedding = count_parameters(net)
     ends = embedding * (first + last) + net["hidden_size"] * last
     return layers_in_stage(net, stage) * of_layer + ends
@@ -71,13 +73,13 @@ def activations_of(net: dict, stage: int, inputs: int, whole: int) -> int:
     if not net["flash_attention"]:  # the softmax; same section
         of_token += net["sequence"] * net["heads"]
     kept = size * layers_in_stage(net, stage) * tokens * of_token
-    if stage == net["gpus"] - 1:
+    if stage == net["stages"] - 1:
         kept += 4 * tokens * net["vocabulary"]  # for the loss, in fp32
     return inputs * size * tokens * net["hidden_size"] + whole * kept
 
 
 def memory_of(net: dict, stage: int, versions: int, inputs: int, whole: int) -> Memory:
-    """What a stage's GPU holds while it keeps so many weight versions and microbatches."""
+    """What a stage takes while it keeps so many weight versions and microbatches."""
     size, fp32_copy = PRECISION[net["precision"]]
     parameters = parameters_of(net, stage)
     weights = parameters * size
@@ -86,17 +88,24 @@ def memory_of(net: dict, stage: int, versions: int, inputs: int, whole: int) -> 
     return Memory(weights, weights, state, weights * (versions - 1), activations)
 
 
-def microbatches_held(row: list[Op], recompute: bool) -> Iterator[tuple[int, int]]:
-    """During each op of a row: microbatches of which the input is kept, and all activations.
+def memory_of_gpu(net: dict, versions: int, held: Iterable[tuple[int, int, int]]) -> Memory:
+    """The sum of its stages, which keep what held says: (stage, inputs, whole)."""
+    stages = (memory_of(net, stage, versions, *number) for stage, *number in held)
+    return Memory(*map(sum, zip(*stages, strict=True)))
 
-    Without recompute a microbatch has all of them from its F to its B, or its W. With recompute
-    only its input, until its B or I runs the forward again.
+
+def microbatches_held(row: list[Op], recompute: bool) -> Iterator[tuple[tuple[int, int, int], ...]]:
+    """During each op of a row, for each of its stages: (stage, inputs, whole).
+
+    inputs and whole: microbatches of which it keeps the input, and all activations. Without
+    recompute a microbatch has all of them from its F to its B, or its W. With recompute only its
+    input, until its B or I runs the forward again.
     """
-    inputs = whole = 0
-    for op in row:
-        if op.kind == "F":
-            inputs, whole = inputs + recompute, whole + (not recompute)
-        elif recompute and op.kind in ("B", "I"):
-            inputs, whole = inputs - 1, whole + 1
-        yield inputs, whole
-        whole -= op.kind in ("B", "W")
+    inputs, whole = Counter[int](), Counter[int]()
+    stages = sorted({op.stage for op in row})
+    for stage, kind, *_ in row:
+        (inputs if recompute else whole)[stage] += kind == "F"
+        if recompute and kind in ("B", "I"):
+            inputs[stage], whole[stage] = inputs[stage] - 1, whole[stage] + 1
+        yield tuple((each, inputs[each], whole[each]) for each in stages)
+        whole[stage] -= kind in ("B", "W")

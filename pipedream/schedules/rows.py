@@ -108,10 +108,10 @@ def looped_bfs(device: int, num_devices: int, num_microbatches: int, stages_per_
     """GPipe with several small stages per GPU, placed as in interleaved: breadth first.
 
     All microbatches pass a GPU's first stage, then all pass its next one; the backwards come in
-    reverse. The bubble is that of interleaved, a batch takes (V * M + D - 1) / V turns, for any M.
-    A microbatch is back at GPU0 M - D turns before it is needed, so slow links cost little. The
-    price is GPipe's memory: all M microbatches. (Of sharded weights, a stage gathers its own only
-    twice per batch, which is what it was made for.)
+    reverse. The bubble is that of interleaved, a batch takes (V * M + D - 1) / V turns, for any M
+    from D on. A microbatch is back at GPU0 M - D turns before it is needed, so slow links cost
+    less. The price is GPipe's memory: all M microbatches. (It was made for sharded weights: a stage
+    gathers its own only twice per batch.)
     Breadth-First Pipeline Parallelism (Lamy-Poirier, MLSys 2023), section 4.
 
     >>> from pipedream_simple import format_rows
@@ -192,8 +192,9 @@ def dualpipe_v(device: int, num_devices: int, num_microbatches: int) -> Row:
     Placed as zb_v. In its middle a GPU overlaps the forward of one microbatch with the backward of
     another that goes the other way: while one computes, the other sends and receives. (Here the
     pair is one op that takes overlap_time times the two; 1 is no gain.) W is cut off only where a
-    GPU would be idle. With f, B and W of a stage, and F&B for a pair, a GPU is idle for
-    (D - 1) * (F&B + B - 3W), and holds D + 1/2 microbatches. M must be at least 2D.
+    GPU would be idle. With f, B and W of a stage, and F&B of a pair, the GPUs at the bottom of the
+    V are idle for (D - 1) * (F&B + B - 3W), if f = I >= W; the others, which have fewer pairs to
+    save time with, for less. A GPU holds D + 1/2 microbatches. M must be at least 2D.
     DeepSeek-V3 (arXiv 2412.19437), section 3.2.1, cut in half: without its second copy of the
     weights (DualPipeV, by Sea AI Lab and DeepSeek).
 
@@ -220,10 +221,10 @@ def dualpipe_v(device: int, num_devices: int, num_microbatches: int) -> Row:
 LIBRARY: dict[str, tuple[Callable[..., Iterable[Step]], bool]] = {  # as SCHEDULES
     **SCHEDULES,
     "interleaved": (interleaved, True),
+    "looped-bfs": (looped_bfs, True),
+    "interleaved-zb": (interleaved_zb, True),
     "zb-h1": (zb_h1, True),
     "zb-h2": (zb_h2, True),
     "zb-v": (zb_v, True),
     "dualpipe-v": (dualpipe_v, True),
-    "looped-bfs": (looped_bfs, True),
-    "interleaved-zb": (interleaved_zb, True),
 }
