@@ -291,15 +291,13 @@ def simulate(
     """
     num_stages, devices = config["num_stages"], range(len(schedule))
     times, comm_time = op_times(config), per_stage(config, "comm_time")
-    takes = takes or (lambda op: times[op.kind][op.stage])
-    links = {} if links is None else links
-    ops = [(device, op) for device, row in enumerate(schedule) for op in row]
+    takes, links = takes or (lambda op: times[op.kind][op.stage]), {} if links is None else links
+    ops = ((device, op) for device in devices for op in schedule[device])
     needs = ((step, device, op) for device, op in ops for step in inputs(op, num_stages))
     goes_to = {step: device for step, device, op in needs if step[0] != op.stage}
-    todo = [row[::-1] for row in schedule]  # the next op is the last
+    todo, events = [row[::-1] for row in schedule], list[Event]()  # todo: the next op is the last
     free_at: list[float] = [0 for _ in devices]
     done, arrived = dict[Step, float](), dict[Step, float]()  # result -> when; -> at who needs it
-    events: list[Event] = []
     while any(todo):
         num_before = len(events)
         for device in (*devices, *reversed(devices)):  # any order works: this one needs few rounds
@@ -652,8 +650,7 @@ def main() -> None:
     check_config(config)
     schedules = {name: build_schedule({**config, "schedule": name}) for name in SCHEDULES}
     runs = {name: simulate(schedule, config) for name, schedule in schedules.items()}
-    num_stages, in_batch, num_batches = (config[key] for key in SIZES)
-    chosen = config["schedule"]
+    num_stages, in_batch, num_batches, chosen = (config[key] for key in (*SIZES, "schedule"))
     events, used = runs[chosen], {name: utilization(run) for name, run in runs.items()}
     name, gpus = NAMES.get(chosen, chosen), count(num_stages, "GPU")
     here = "CPU" if choose_device(config["device"]).type == "cpu" else "1 GPU"
@@ -691,8 +688,7 @@ Microbatches: {in_batch}
             for (stage, kind, _, version), _, _, end in events:
                 if (kind, version) == ("U", 0):
                     print(f"Stage {stage}: Updated weights v0 → v1  (at t{end:.10g})")
-            newer = " or newer" * (newest > 1)
-            print(f"✅ Batch complete! All stages now at version 1{newer}\n")
+            print(f"✅ Batch complete! All stages now at version 1{' or newer' * (newest > 1)}\n")
         if batch == 0:
             heading = f"Training results ({count(num_batches, 'batch')}):"
             print(f"{heading:<45}weights read by F; by B, if others")
@@ -735,9 +731,8 @@ SWITCH, COUNT, FILES = [True, False], (int, 1, 10_000_000), "pipedream/networks/
 RULES: dict[str, Any] = {  # key -> (type, least, most), list: or one per stage; or all choices
     **dict.fromkeys((*SIZES, "layers_per_stage", "hidden_size", "batch_size"), COUNT),
     **{"learning_rate": (float, 1e-30, 1e30), "momentum": (float, 0, 1), "seed": (int, 0, 2**62)},
-    "device": ["auto", *find_devices()],
+    **{"device": ["auto", *find_devices()], "schedule": SCHEDULES},
     "network": ["residual", *(file.stem for file in Path(__file__).parent.glob(FILES))],
-    "schedule": SCHEDULES,
     **dict.fromkeys(("weight_stashing", "vertical_sync", "recompute", "verbose"), SWITCH),
     **dict.fromkeys(("forward_time", "backward_time"), (list, 1e-9, 1e12)),
     "comm_time": (list, 0, 1e12),

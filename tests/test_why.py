@@ -272,6 +272,7 @@ def test_what_an_idle_gpu_is_said_to_wait_for_is_what_keeps_it_waiting(plan, ran
         assert needed == maker
         if gap.cause == "send":
             assert made <= gap.start, "it is not on the way yet"
+            assert starts(gap.end, at_liberty=maker)  # the rest is the link's
             assert starts(gap.start, at_liberty=maker, slower=(maker, -judge.travel(maker)))
             continue
         assert gap.end == made, "it is on the way already"
