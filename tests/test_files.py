@@ -29,7 +29,7 @@ def write_rows(path, rows):
 PYTORCHS = [  # class, GPUs, microbatches, stages per GPU, names of ours
     ("ScheduleLoopedBFS", 3, 4, 2, "looped-bfs"),
     ("ScheduleInterleaved1F1B", 2, 4, 3, "interleaved"),
-    ("ScheduleInterleavedZeroBubble", 4, 8, 1, "zb-h1, interleaved-zb"),
+    ("ScheduleInterleavedZeroBubble", 4, 8, 1, "interleaved-zb, zb-h1"),
     ("ScheduleInterleavedZeroBubble", 2, 4, 2, "interleaved-zb"),
     ("ScheduleZBVZeroBubble", 3, 6, 2, "zb-v"),
     ("ScheduleDualPipeV", 2, 4, 2, "dualpipe-v"),
@@ -120,6 +120,14 @@ def test_what_we_export_is_read_again_and_loads_into_pytorchs_runtime(tmp_path, 
         ([["0F0", "0B0"], ["2F0", "2B0"]], "stage 1 .* it runs nothing"),
         ([["0F0", "0B0", "999999F999999"]], "it runs nothing"),
         ([["0F0", "0B0", "0F1", "0B1"], ["1F1", "1F0", "1B1", "1B0"]], "0 waits for 1B0, GPU1"),
+        (
+            [
+                ["0F0", "0F1", "0B0", "0B1"],
+                ["1F0", "(1F1;1B0)OVERLAP_F_B", "1B1"],
+                ["2F0", "2F1", "2B0", "2B1"],
+            ],
+            "GPU1 waits for 2B0",
+        ),
         ([*MANY, ["199F1", "199F0", "199B1", "199B0"]], "deadlock: GPU0 waits for 1B0"),
         ([["", ""]], "has no ops"),
         ([["0UNSHARD", "0RECV_B0"]], "has no ops"),

@@ -48,7 +48,7 @@ CAUSES = {  # of idle time
     "fill": "GPU{0} cannot start until {4}: its first op, {1}, needs {2} of GPU{3}",
     "wait": "GPU{0} waits until {4}: its next op, {1}, needs {2} of GPU{3}",
     "send": "GPU{0} waits until {4}: what {1} needs is on its way from GPU{3}",
-    "link": "GPU{0} waits until {4}: what {1} needs is late, the link from GPU{3} is busy with {2}",
+    "link": "GPU{0} waits until {4}: what {1} needs is late, the link from GPU{3} has {2} first",
     "drain": "GPU{0} is done: nothing is left for it to run",
 }
 

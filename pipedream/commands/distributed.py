@@ -126,7 +126,7 @@ def run_process(plan: Plan, device: torch.device, timeout: float, repeats: int) 
 
 
 def format_start(plan: Plan, device: torch.device) -> str:
-    """What is about to run_rows, and on what."""
+    """What is about to run, and on what."""
     name, keeps = schedule_name(plan.config)
     cores, threads = count(num_cores(), "core"), count(torch.get_num_threads(), "thread")
     where = f"{cores}, {threads} per process; gloo"

@@ -110,7 +110,7 @@ class Reasons:
         row, pair = self.plan.schedule[idle.device], (idle.next, self.pair.get(idle.next))
         place = min(self.place[event.op] for event in pair if event)
         message = self.starts[idle.next].message if idle.cause == "link" else None
-        leaves = f"It leaves at {clock(message.start)}. " if message else ""
+        leaves = f"That takes until {clock(message.start)}. " if message else ""
         start, end = tick(idle.start), tick(idle.end)
         others = (op for op in row[place:] if op != idle.next.op and op.kind != "U")
         other = next((op for op in others if tick(self.ready[op]) < end), None)

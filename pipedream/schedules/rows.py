@@ -130,8 +130,9 @@ def interleaved_zb(
     """Interleaved with each backward cut in half: I at once, and W device d's d backwards later.
 
     Results return after I, so half the warmup is enough, and W fills what would be idle: with
-    f = I = W a third of interleaved's bubble, (D - 1) / V, and fewer activations. But nothing is
-    left to hide a message, so slow links cost much. M must be a multiple of D. V = 1 is ZB-H1.
+    f = I = W a third of interleaved's bubble, (D - 1) / V, and no GPU holds more than D
+    microbatches. But nothing is left to hide a message, so slow links cost much. M must be a
+    multiple of D. V = 1 is ZB-H1.
     PyTorch's ScheduleInterleavedZeroBubble, after Zero Bubble (Qi et al., ICLR 2024), section 2.
 
     >>> from pipedream_simple import format_rows
@@ -190,11 +191,12 @@ def dualpipe_v(device: int, num_devices: int, num_microbatches: int) -> Row:
     """DualPipe in a V: forwards run together with backwards, so that their messages hide.
 
     Placed as zb_v. In its middle a GPU overlaps the forward of one microbatch with the backward of
-    another that goes the other way: while one computes, the other sends and receives. (Here the
-    pair is one op that takes overlap_time times the two; 1 is no gain.) W is cut off only where a
-    GPU would be idle. With f, B and W of a stage, and F&B of a pair, the GPUs at the bottom of the
-    V are idle for (D - 1) * (F&B + B - 3W), if f = I >= W; the others, which have fewer pairs to
-    save time with, for less. A GPU holds D + 1/2 microbatches. M must be at least 2D.
+    another that goes the other way: while one computes, the other communicates. Here the pair is
+    one op that waits for both inputs and takes overlap_time times the two: 1 is no gain. W is cut
+    off only where a GPU would be idle. With f, B and W of a stage, and F&B of a pair, the GPUs at
+    the bottom of the V are idle for (D - 1) * (F&B + B - 3W), if f = I >= W and F&B >= B; the
+    others, which have fewer pairs to save time with, for less. (With f > I, as by default, it is
+    more.) A GPU holds D + 1/2 microbatches. M must be at least 2D.
     DeepSeek-V3 (arXiv 2412.19437), section 3.2.1, cut in half: without its second copy of the
     weights (DualPipeV, by Sea AI Lab and DeepSeek).
 
