@@ -264,16 +264,18 @@ def test_what_an_idle_gpu_is_said_to_wait_for_is_what_keeps_it_waiting(plan, ran
 
         if gap.cause == "link":
             queue = judge.queue_of[maker]
-            assert leaves > made
-            assert needed == queue[queue.index(maker) - 1]
-            assert starts(gap.start, at_liberty=maker)
+            assert made <= gap.start < gap.end <= leaves, "it is on the way already"
+            assert needed in queue[: queue.index(maker)]
+            arrives = before.messages[needed][1]
+            assert before.messages[needed][0] <= gap.start < gap.end == arrives
+            free = earlier[-1].end if earlier else 0
+            assert starts(max(free, made + judge.travel(maker)), at_liberty=maker)
             assert starts(begins - PART, slower=(needed, -PART))
             continue
         assert needed == maker
         if gap.cause == "send":
-            assert made <= gap.start, "it is not on the way yet"
-            assert starts(gap.end, at_liberty=maker)  # the rest is the link's
-            assert starts(gap.start, at_liberty=maker, slower=(maker, -judge.travel(maker)))
+            assert leaves <= gap.start < gap.end == begins, "it is not on the way yet"
+            assert starts(begins - PART, slower=(maker, -PART))
             continue
         assert gap.end == made, "it is on the way already"
         sooner = (maker, -PART)
@@ -379,19 +381,31 @@ def test_while_a_result_is_on_its_way_nothing_is_said_of_what_its_sender_does_th
     assert len(explain_moment(plan, gap.device, gap.start)) == 1
 
 
-def test_of_messages_that_queue_it_is_told_which_goes_first():
+def test_of_messages_that_queue_it_is_told_which_goes_first(tmp_path):
     """Worked out by hand, as in test_schedules: the second message of two waits for the first."""
     sizes = {"num_stages": 2, "num_microbatches": 2, "num_batches": 1}
     plan = plan_of(schedule="gpipe", comm_time=3, **sizes)
     gaps = idle_times(plan.events, plan.links)
     assert [(gap.device, gap.start, gap.end, gap.cause) for gap in gaps] == [
-        *((1, 0, 1, "fill"), (1, 1, 4, "send"), (0, 2, 9, "wait"), (1, 5, 7, "link")),
-        *((0, 9, 12, "send"), (1, 10, 16, "drain"), (0, 13, 15, "link")),
+        *((1, 0, 1, "fill"), (1, 1, 4, "send"), (0, 2, 9, "wait"), (1, 5, 7, "send")),
+        *((0, 9, 12, "send"), (1, 10, 16, "drain"), (0, 13, 15, "send")),
     ]
     (line,) = explain_moment(plan, 1, 5)
-    assert line.startswith("GPU1 waits until t7: ")
-    assert re.search("F1 needs.* link from GPU0.* F0.* t4", line), "when that has passed"
+    assert line.startswith(
+        "GPU1 waits until t7: what F1 needs is on its way from GPU0. It could not leave before t4, "
+        "after F0."
+    )
     assert [str(event.op) for event in critical_path(plan)][:3] == ["0F0", "1F1", "1B0"]
+    # GPU1 wants the second one first.
+    (tmp_path / "turned.csv").write_text("0F0,0F1,0B1,0B0\n1F1,1F0,1B1,1B0\n")
+    file = {"schedule": str(tmp_path / "turned.csv"), "num_batches": 1, "batch_size": 2}
+    plan = plan_of(**file, comm_time=3)
+    mine = [gap for gap in idle_times(plan.events, plan.links) if gap.device == 1]
+    spans = [(gap.start, gap.end, gap.cause) for gap in mine]
+    assert spans[:3] == [(0, 2, "fill"), (2, 4, "link"), (4, 7, "send")]
+    assert explain_moment(plan, 1, 3)[0].startswith(
+        "GPU1 waits until t4: what F1 needs is done, but the link from GPU0 carries F0."
+    )
 
 
 def test_of_a_pair_each_op_is_told_with_the_other(tmp_path):

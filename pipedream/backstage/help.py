@@ -54,4 +54,7 @@ def help_of(name: str) -> str:
     width = 2 + max(map(len, flags), default=0)
     parts = [docstring(source), "\n".join(f"    {f:<{width}}{flags[f]}" for f in flags)]
     parts += ["Each of these keys is also a flag:", "\n".join(shown)] if shown else []
+    if "weight_gradient_time" in takes:  # it takes every schedule
+        names = re.findall(r'^    "([\w-]+)": \(', source_of("pipedream.schedules.rows"), re.M)
+        parts.append(f"schedule may also be {', '.join(names)},\nor a FILE.csv.")
     return "\n\n".join(filter(None, parts))

@@ -47,8 +47,8 @@ def short_name(event: Event) -> str:
 CAUSES = {  # of idle time
     "fill": "GPU{0} cannot start until {4}: its first op, {1}, needs {2} of GPU{3}",
     "wait": "GPU{0} waits until {4}: its next op, {1}, needs {2} of GPU{3}",
+    "link": "GPU{0} waits until {4}: what {1} needs is done, but the link from GPU{3} carries {2}",
     "send": "GPU{0} waits until {4}: what {1} needs is on its way from GPU{3}",
-    "link": "GPU{0} waits until {4}: what {1} needs is late, the link from GPU{3} has {2} first",
     "drain": "GPU{0} is done: nothing is left for it to run",
 }
 
@@ -134,13 +134,12 @@ def idle_times(events: list[Event], links: Links) -> list[Idle]:
         device, free_at = event.device, previous.end if previous else 0
         ready_at = max(free_at, needed.end) if needed else free_at  # and then it has to travel
         waits = [("wait" if previous else "fill", free_at, ready_at, needed)]
-        on_time = event.start
-        if message in before and message and needed:
-            on_time = tick(needed.end + message.end - message.start)  # had the link been free
-            waits.append(
-                ("link", max(ready_at, on_time), event.start, event_of[before[message].op])
-            )
-        waits.append(("send", ready_at, min(on_time, event.start), needed))
+        leaves = max(ready_at, message.start) if message else ready_at
+        waits.append(("send", leaves, event.start, needed))
+        while message in before and message and message.start > ready_at:  # for that, and that ...
+            message = before[message]
+            first = max(ready_at, message.start)
+            waits.append(("link", first, message.end, event_of[message.op]))
         idle += [Idle(device, a, b, cause, event, other) for cause, a, b, other in waits if a < b]
         last[device] = event
     ends = ((device, event.end) for device, event in last.items())

@@ -53,10 +53,11 @@ def main(config: dict) -> None:
 def read_table(plan: Plan, audit: Audit) -> list[list[str]]:
     """What the ops of each microbatch read, and its largest gradient error; equal rows joined."""
     stages = range(plan.config["num_stages"])
-    last = "B" if (0, "B", 0) in audit.read else "I"  # W reads no weights
 
     def cells_of(m: int) -> list[str]:
-        versions = [[audit.read[stage, kind, m] for stage in stages] for kind in ("F", last)]
+        versions = [[audit.read[stage, "F", m] for stage in stages]]
+        kinds = ["B" if (stage, "B", m) in audit.read else "I" for stage in stages]  # W reads none
+        versions.append([audit.read[stage, kinds[stage], m] for stage in stages])
         versions.append([audit.newest_then[stage, m] for stage in stages])
         cells = [format_per_gpu([f"v{v}" for v in of_stages]) for of_stages in versions]
         return [*cells, f"{max(audit.error[stage, m] for stage in stages):.1%} off"]

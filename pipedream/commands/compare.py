@@ -60,7 +60,7 @@ def answers(config: dict, plans: list[Plan]) -> Iterator[str]:
     if name_fastest(fresh) != name_fastest(plans):
         yield f"... with fresh gradients: {name_fastest(fresh)}"
     small = [plan for plan in fresh if max(peak_in_flight(plan.schedule)) <= most]
-    yield f"The fastest at 1F1B's memory: {name_fastest(small)}"
+    yield f"The fastest at 1F1B's memory, in microbatches: {name_fastest(small)}"
     links, comm_time = "free", 0.0
     if not any(simple.per_stage(config, "comm_time")):
         links, comm_time = "slow", SLOW * min(simple.per_stage(config, "forward_time"))
@@ -72,7 +72,10 @@ def name_fastest(plans: list[Plan]) -> str:
     """The names of the fastest, and their time."""
     times = {plan.name: tick(simple.makespan(plan.events)) for plan in plans}
     least = min(times.values())
-    return f"{', '.join(name for name in times if times[name] == least)} ({least:.7g})"
+    names = [name for name in times if times[name] == least]
+    if len(names) > 3:
+        names[1:] = [f"{len(names) - 1} others"]
+    return f"{', '.join(names)} ({least:.7g})"
 
 
 def without_variants(plans: list[Plan]) -> list[Plan]:

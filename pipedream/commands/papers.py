@@ -224,8 +224,8 @@ def in_pairs() -> Iterator[Figure]:
     (PP/2 - 1)(F&B + B - 3W), where F&B is a pair that overlaps, and PP + 1 chunks
     of activations per GPU. Assumed: m = 3 D, times per stage, a pair is one op.
     Ours is the GPU that idles most, until the batch is done. That is the formula
-    if I = F and W <= F (I = B - W). It is an upper bound if I is longer than F and
-    than W, and too low if I is shorter than F.
+    if I = F, W <= F and B <= F&B (I = B - W). With B <= F&B it is an upper bound if
+    I is longer than F and than W, and too low if I is shorter than F.
 
     Which GPU idles most? All have 2 m forwards and 2 m backwards to run in the same
     time, and each pair saves F + B - F&B: the more pairs, the more idle time. GPU d

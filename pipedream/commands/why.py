@@ -23,8 +23,8 @@ FLAGS = {
 
 LEGEND = """\
    Times are simulated; the row "all" adds up the GPUs. Idle: fill, before the
-   first op of a GPU; wait, for a result that another GPU has yet to make; send,
-   for its way on a free link; link, for the others that the link carries first;
+   first op of a GPU; wait, for a result that another GPU has yet to make; link,
+   for a link that is busy with other results; send, for a result on its way;
    drain, after its last op. critical: time on a critical path, a chain of ops
    that sets the makespan."""
 

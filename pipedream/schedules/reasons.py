@@ -99,7 +99,7 @@ class Reasons:
                 made[op.stage] += op.kind == "U"
         self.event_of = {event.op: event for event in plan.events}
         self.held = [[0, *(held for held, _ in held_by(row))] for row in plan.schedule]
-        self.pair = partners(plan.events)
+        self.pair, self.before = partners(plan.events), held_up(plan.events, plan.links)
         self.flushes = LIBRARY.get(plan.config["schedule"], (None, True))[1]  # a file does, too
         self.forward = {op[::2]: op for op in self.place if op.kind == "F"}
 
@@ -109,8 +109,10 @@ class Reasons:
             return "", None
         row, pair = self.plan.schedule[idle.device], (idle.next, self.pair.get(idle.next))
         place = min(self.place[event.op] for event in pair if event)
-        message = self.starts[idle.next].message if idle.cause == "link" else None
-        leaves = f"That takes until {clock(message.start)}. " if message else ""
+        message, leaves = self.starts[idle.next].message if idle.cause == "send" else None, ""
+        if message in self.before and message:
+            first = short_name(self.event_of[self.before[message].op])
+            leaves = f"It could not leave before {clock(message.start)}, after {first}. "
         start, end = tick(idle.start), tick(idle.end)
         others = (op for op in row[place:] if op != idle.next.op and op.kind != "U")
         other = next((op for op in others if tick(self.ready[op]) < end), None)
@@ -157,7 +159,7 @@ class Reasons:
     def busy(self, event: Event, needed: Event) -> str:
         """What a GPU runs now, and whether that or something later is what others wait for."""
         line = f"GPU{event.device} runs {short_name(event)} until {clock(event.end)}"
-        if event == needed:
+        if needed in (event, self.pair.get(event)):
             return f"{line}."
         in_batch = self.plan.config["num_microbatches"]
         batch, later = (e.op.microbatch // in_batch for e in (event, needed))

@@ -109,9 +109,9 @@ def looped_bfs(device: int, num_devices: int, num_microbatches: int, stages_per_
 
     All microbatches pass a GPU's first stage, then all pass its next one; the backwards come in
     reverse. The bubble is that of interleaved, a batch takes (V * M + D - 1) / V turns, for any M
-    from D on. A microbatch is back at GPU0 M - D turns before it is needed, so slow links cost
-    less. The price is GPipe's memory: all M microbatches. (It was made for sharded weights: a stage
-    gathers its own only twice per batch.)
+    from D on. A microbatch is back at GPU0 M - D turns before it is needed, which hides messages
+    shorter than an op. The price is GPipe's memory: all M microbatches. (It was made for sharded
+    weights: a stage gathers its own only twice per batch.)
     Breadth-First Pipeline Parallelism (Lamy-Poirier, MLSys 2023), section 4.
 
     >>> from pipedream_simple import format_rows
@@ -129,10 +129,10 @@ def interleaved_zb(
 ) -> Row:
     """Interleaved with each backward cut in half: I at once, and W device d's d backwards later.
 
-    Results return after I, so half the warmup is enough, and W fills what would be idle: with
-    f = I = W a third of interleaved's bubble, (D - 1) / V, and no GPU holds more than D
-    microbatches. But nothing is left to hide a message, so slow links cost much. M must be a
-    multiple of D. V = 1 is ZB-H1.
+    Results return after I, so one more forward ahead for each GPU behind is enough, not two, and W
+    fills what would be idle. With f = I = W the bubble is a third of interleaved's, (D - 1) / V,
+    and no GPU holds more than D microbatches. But nothing is left to hide a message, so slow links
+    cost much. M must be a multiple of D. V = 1 is ZB-H1.
     PyTorch's ScheduleInterleavedZeroBubble, after Zero Bubble (Qi et al., ICLR 2024), section 2.
 
     >>> from pipedream_simple import format_rows
@@ -192,11 +192,12 @@ def dualpipe_v(device: int, num_devices: int, num_microbatches: int) -> Row:
 
     Placed as zb_v. In its middle a GPU overlaps the forward of one microbatch with the backward of
     another that goes the other way: while one computes, the other communicates. Here the pair is
-    one op that waits for both inputs and takes overlap_time times the two: 1 is no gain. W is cut
-    off only where a GPU would be idle. With f, B and W of a stage, and F&B of a pair, the GPUs at
-    the bottom of the V are idle for (D - 1) * (F&B + B - 3W), if f = I >= W and F&B >= B; the
-    others, which have fewer pairs to save time with, for less. (With f > I, as by default, it is
-    more.) A GPU holds D + 1/2 microbatches. M must be at least 2D.
+    one op. It waits for both inputs, takes overlap_time times the two, and only then hands over its
+    results: with 1 it is slower than the two one after the other. W is cut off only where a GPU
+    would be idle. With f, B and W of a stage, and F&B of a pair, the GPUs at the bottom of the V
+    are idle for (D - 1) * (F&B + B - 3W), if f = I >= W and F&B >= B; the others, which have fewer
+    pairs to save time with, for less. (With f > I, as by default, it is more.) A GPU holds D + 1/2
+    microbatches. M must be at least 2D.
     DeepSeek-V3 (arXiv 2412.19437), section 3.2.1, cut in half: without its second copy of the
     weights (DualPipeV, by Sea AI Lab and DeepSeek).
 
