@@ -73,7 +73,7 @@ def name_fastest(plans: list[Plan]) -> str:
     times = {plan.name: tick(simple.makespan(plan.events)) for plan in plans}
     least = min(times.values())
     names = [name for name in times if times[name] == least]
-    if len(names) > 3:
+    if len(names) > 2:
         names[1:] = [f"{len(names) - 1} others"]
     return f"{', '.join(names)} ({least:.7g})"
 
