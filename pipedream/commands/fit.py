@@ -1,249 +1,369 @@
-"""Does my transformer fit on these GPUs? How fast is it?
+"""Does my model fit on these GPUs? Which schedule is the fastest?
 
-    python -m pipedream fit                      Llama 2 7B on 8 GPUs of 80 GB, with Adam
-    python -m pipedream fit --model llama-2-70b --gpus 16 --memory 141e9
+    python -m pipedream fit                          Llama 2 7B on 8 GPUs of 80 GB, with Adam
+    python -m pipedream fit llama-3-70b --gpus 16 --memory 141e9
+    python -m pipedream fit config.json              a public model's own file
+    python -m pipedream fit my_model.py              a file with LAYERS and my_batch
 
-One stage per GPU, or two; activations as in Korthikanti et al. 2022.
+Every layer runs once on shapes without values: nothing is downloaded, and no GPU is needed. Memory
+follows from what layers keep and from the rows of the schedules; times are FLOPs, simulated.
 """
 
 import textwrap
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
+
 from pipedream.backstage.measures import peak_versions
-from pipedream.planning import footprint
-from pipedream.planning.footprint import Memory, count_parameters
+from pipedream.backstage.text import progress
+from pipedream.planning.measuring import (
+    Activations,
+    Measured,
+    activations_in_stage,
+    all_parameters,
+    measure_layers,
+)
+from pipedream.planning.models import Model, load_model
+from pipedream.planning.profiles import Layer
+from pipedream.planning.search import best_partition
 from pipedream.schedules.plans import PLAN_CONFIG, Plan, make_plan, run_rows
-from pipedream_simple import UserError, check_value, count, format_table, makespan
+from pipedream_simple import Op, UserError, check_value, count, format_table
 
+FLAGS = {"[MODEL]": "a config.json, a .py file, or a known model"}
 KEYS = {
-    "model": "llama-2-7b",  # or llama-2-70b
-    "layers": None,  # the model's, unless given; so are the next six
-    "hidden_size": None,  # numbers per token between two layers
-    "heads": None,  # of attention
-    "kv_heads": None,  # fewer of them for keys and values
-    "ffn": None,  # hidden size of the MLP
-    "vocabulary": None,  # tokens that there are
-    "sequence": None,  # tokens in a sequence
     "gpus": 8,  # one stage each, or two
-    "num_microbatches": 32,  # per batch
-    "microbatch_size": 1,  # sequences
-    "precision": "bf16",  # or fp32
-    "optimizer": "adam",  # or sgd, momentum
-    "flash_attention": True,  # False: the matrices of attention are kept
     "memory": 80e9,  # bytes of a GPU
+    "num_microbatches": 32,  # per batch
+    "microbatch_size": None,  # sequences: 1; of a file: the rows of its batch, divided
+    "sequence": None,  # tokens in a sequence: at most 4,096 unless given
+    "layers": None,  # blocks of the model: its own, unless given
+    "precision": "bf16",  # or fp32
+    "gradients": "fp32",  # or bf16: then Adam needs 16 bytes per parameter, as ZeRO counts, not 18
+    "optimizer": "adam",  # or sgd, momentum
+    "even": False,  # True: as many layers on each stage, whatever they cost
 }
+STATE_BYTES = {"adam": 8, "momentum": 4, "sgd": 0}  # per parameter, in fp32
+PRECISION = {
+    "bf16": (torch.bfloat16, 2, 4),
+    "fp32": (torch.float32, 4, 0),
+}  # bytes; of a copy in fp32
 FIT_RULES: dict[str, Any] = {
-    **{"model": footprint.PRESETS, "precision": footprint.PRECISION},
-    **{"optimizer": footprint.STATE_BYTES, "flash_attention": [True, False]},
-    **dict.fromkeys([*footprint.NETWORK, "microbatch_size"], (int, 1, 10_000_000)),
-    **{"gpus": (int, 1, 256), "num_microbatches": (int, 1, 1024), "memory": (float, 1, 1e18)},
+    **{"gpus": (int, 1, 256), "memory": (float, 1, 1e18), "num_microbatches": (int, 1, 1024)},
+    **dict.fromkeys(("microbatch_size", "sequence", "layers"), (int, 1, 10_000_000)),
+    **{"precision": PRECISION, "gradients": ["fp32", "bf16"], "optimizer": STATE_BYTES},
+    "even": [True, False],
 }
+MAY_BE_NONE = "microbatch_size", "sequence", "layers"
+RECOMPUTE = "none", "layer", "stage"
 
-PYTORCH = {  # schedule -> its class in torch.distributed.pipelining; it has no other of these
-    "gpipe": "ScheduleGPipe",
-    "1f1b": "Schedule1F1B",
-    "zb-h1": "ScheduleInterleavedZeroBubble with one stage per GPU",
-    "zb-h2": "",
-    "zb-v": "ScheduleZBVZeroBubble",
-    "dualpipe-v": "ScheduleDualPipeV",
-    "interleaved": "ScheduleInterleaved1F1B",
-    "interleaved-zb": "ScheduleInterleavedZeroBubble",
-    "looped-bfs": "ScheduleLoopedBFS",
+PYTORCH = {  # schedule -> Schedule... of torch.distributed.pipelining; -: it has none
+    **{"gpipe": "GPipe", "1f1b": "1F1B", "zb-h1": "InterleavedZeroBubble", "zb-h2": "-"},
+    **{"zb-v": "ZBVZeroBubble", "dualpipe-v": "DualPipeV", "interleaved": "Interleaved1F1B"},
+    **{"looped-bfs": "LoopedBFS", "interleaved-zb": "InterleavedZeroBubble"},
+    **{"pipedream 2BW": "-", "pipedream 2019": "-"},
 }
-PARTS = ["weights", "grads", "optim.", "stash", "activ."]
 LEGEND = """\
-   GB on the GPU that needs most. +: fits into {:g} GB. time: of a batch; 1.00
-   would be equal stages, never idle, without recompute. Of pipedream, once the
-   pipeline is full. The products of attention itself are not counted. 2019: as
-   in the paper, with an update per microbatch; the others have one per batch.
-   From zb-v to looped-bfs: two stages per GPU; of zb-v and dualpipe-v GPU0 has
-   embedding and head. Links are free here, so twice the messages cost nothing,
-   and dualpipe-v, which overlaps ops to hide them, gains nothing. Recompute is
-   listed where it saves memory.
-"""
+GB on the GPU that needs most, + where it fits into {:g}: without recompute; where each layer keeps
+its input only, and runs again (full recompute in Megatron-LM); where each stage does (GPipe). time:
+of a batch, 1.00 if no GPU were ever idle; again: with either recompute; of pipedream once the
+pipeline is full. Links are free; dualpipe-v's pairs take as long as their two ops. From zb-v to
+interleaved-zb a GPU has two stages. PyTorch: its class, without Schedule in front. A parameter
+takes {} + {} + {} bytes: weight, gradient, optimizer's state. No GPU has confirmed these numbers
+yet: kernels of CUDA are assumed."""
 
 
-def main(config: dict) -> None:
+def main(config: dict, model: str = "llama-2-7b") -> None:
     check_fit(config)
-    net = footprint.complete(config)
-    ways, reasons = ways_to_run(net)
-    print(describe_request(net), *format_table(table_of(ways, net["memory"])), *reasons, sep="\n")
-    print(LEGEND.format(net["memory"] / 1e9))
-    print(*(textwrap.fill(text, 80) for text in advise(net, ways)), sep="\n")
+    found = load_model(str(model), config)
+    dtype = PRECISION[config["precision"]][0]
+    layers = measure_layers(found.layers, found.input, dtype)
+    if config["gpus"] > len(layers):
+        what = f"{count(len(layers), 'layer')} cannot be cut into gpus={config['gpus']} stages"
+        raise UserError(what)
+    print(describe_request(config, found, layers), flush=True)
+    ways, reasons = ways_to_run(config, layers, found.ends)
+    print("", *format_table(table_of(ways, config["memory"])), *reasons, sep="\n")
+    legend = LEGEND.format(config["memory"] / 1e9, *bytes_per_parameter(config))
+    print(textwrap.fill(legend, 80, initial_indent="   ", subsequent_indent="   "), end="\n\n")
+    whole = all_parameters(layers) * bytes_per_parameter(config)[0]
+    print(*(textwrap.fill(text, 80) for text in advise(config, ways, whole)), sep="\n")
 
 
 def check_fit(config: dict) -> None:
-    """Raise a UserError for the first wrong value."""
-    for key, value in config.items():
-        if value is not None:
-            check_value(key, value, FIT_RULES[key])
-    net = footprint.complete(config)
-    for key, divisor in (("hidden_size", "heads"), ("heads", "kv_heads")):
-        if net[key] % net[divisor]:
-            raise UserError(f"{key}={net[key]} must be a multiple of {divisor}={net[divisor]}")
-    if net["gpus"] * net["num_microbatches"] > 16_384:
-        sizes = f"gpus={net['gpus']} * num_microbatches={net['num_microbatches']}"
+    """Raise a UserError (a ValueError) for the first wrong thing in config."""
+    for key in {**config, **FIT_RULES}:
+        if key not in config or key not in FIT_RULES:
+            raise UserError(f"{key!r} is missing or unknown: fit takes {', '.join(FIT_RULES)}")
+        if config[key] is not None or key not in MAY_BE_NONE:
+            check_value(key, config[key], FIT_RULES[key])
+    sizes = f"gpus={config['gpus']} * num_microbatches={config['num_microbatches']}"
+    if config["gpus"] * config["num_microbatches"] > 16_384:
         raise UserError(f"{sizes} must be at most 16,384")
-    if net["layers"] < net["gpus"]:
-        raise UserError(f"layers={net['layers']} cannot be cut into gpus={net['gpus']} stages")
 
 
-def describe_request(net: dict) -> str:
-    of_layer, embedding = count_parameters(net)
-    parameters = net["layers"] * of_layer + 2 * embedding + net["hidden_size"]
-    batch = f"{count(net['num_microbatches'], 'microbatch')} of {net['microbatch_size']}"
-    return (
-        f"{net['model']}, {parameters / 1e9:.2f} billion parameters, on {count(net['gpus'], 'GPU')}"
-        f":\n{count(net['layers'], 'layer')}, {net['precision']}, {net['optimizer']}, "
-        f"{batch} x {net['sequence']:,} tokens.\n"
-    )
+def bytes_per_parameter(config: dict) -> tuple[int, int, int]:
+    """Of a weight, of its gradient, and of the optimizer's state."""
+    _, weight, copy = PRECISION[config["precision"]]
+    gradient = 2 if config["gradients"] == "bf16" and weight == 2 else 4
+    return weight, gradient, copy + STATE_BYTES[config["optimizer"]]
+
+
+def describe_request(config: dict, model: Model, layers: list[Measured]) -> str:
+    number, gpus = all_parameters(layers), count(config["gpus"], "GPU")
+    lines = [
+        f"{model.name}: {number:,} parameters, on {gpus}; {config['precision']}, "
+        f"{config['optimizer']}, {count(config['num_microbatches'], 'microbatch')}",
+        *model.about,
+    ]
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent="   ") for line in lines)
 
 
 def table_of(ways: list["Way"], memory: float) -> list[list[str]]:
-    table = [["", *PARTS, "in all", "time"]]
+    table = [["", "PyTorch", "time", "GB", "per layer", "per stage", "again"]]
     for way in ways:
-        cells = [f"{part / 1e9:.1f}" for part in (*way.fullest, way.needs)]
-        fits = "+" if way.needs <= memory else " "
-        table.append([f"{fits} {way.name}".replace(" with ", ", "), *cells, f"{way.time:.2f}"])
+        sums = [need.total for need in way.needs.values()]
+        cells = [f"{each / 1e9:.1f}{' +'[each <= memory]}" for each in sums]
+        again = way.times["layer"]
+        table.append([way.name, PYTORCH[way.name], f"{way.time:.2f}", *cells, f"{again:.2f}"])
     return table
+
+
+# ------------------------------------------------------------------------------------- stages
+
+
+class StageCost(NamedTuple):
+    """What a stage has, and does with one microbatch."""
+
+    layers: dict[int, Measured]  # by their numbers
+    flops: dict[str, int]  # F, I and W
+    activations: dict[str, Activations]  # by the kind of recompute
+
+
+def cut(
+    config: dict, layers: list[Measured], ends: tuple[int, int], number: int
+) -> list[StageCost]:
+    """So many stages of consecutive layers: the slowest as fast as can be, or as even as can be."""
+    first, last = ends
+    blocks = len(layers) - first - last
+    if number > (blocks if config["even"] else len(layers)):
+        raise UserError(f"{count(len(layers), 'layer')} cannot be cut into {number} stages")
+    if config["even"]:
+        bounds = [first + blocks * stage // number for stage in range(1, number)]
+    else:
+        costs = [(each.forward_flops, each.input_flops + each.weight_flops) for each in layers]
+        chain = [
+            Layer(each.name, *cost, each.output, 0)
+            for each, cost in zip(layers, costs, strict=True)
+        ]
+        stages = best_partition(chain, [number], [1e18], straight=True).stages
+        bounds = [stage.first for stage in stages[1:]]
+    numbered = dict(enumerate(layers))
+    spans = (range(*ends) for ends in pairwise([0, *bounds, len(layers)]))
+    return [cost_of({number: numbered[number] for number in span}) for span in spans]
+
+
+def cost_of(layers: dict[int, Measured]) -> StageCost:
+    row = [*layers.values()]
+    parts = ((each.forward_flops, each.input_flops, each.weight_flops) for each in row)
+    flops = dict(zip("FIW", map(sum, zip(*parts, strict=True)), strict=True))
+    kept = {kind: activations_in_stage(row, kind) for kind in RECOMPUTE}
+    return StageCost(layers, flops, kept)
+
+
+def parameters_on(stages: list[StageCost]) -> int:
+    """Of a GPU with these stages. What is tied to a layer elsewhere is there twice."""
+    here = {number: layer for stage in stages for number, layer in stage.layers.items()}
+    return sum(each.parameters - each.tied * (each.tied_to in here) for each in here.values())
 
 
 # ----------------------------------------------------------------------------- ways to run it
 
 
+class Need(NamedTuple):
+    """Bytes on a GPU at its fullest moment."""
+
+    gpu: int
+    weights: float
+    gradients: float
+    optimizer: float
+    stash: float  # older versions of the weights
+    activations: float  # of microbatches in flight
+    working: float  # more, while a layer runs
+
+    @property
+    def total(self) -> float:
+        return sum(self[1:])
+
+
 class Way(NamedTuple):
-    """A schedule, with or without recompute: the memory that it takes, and the time."""
+    """A schedule: the memory that its fullest GPU takes, and the time of a batch."""
 
     name: str
-    gpus: list[Memory]  # each at its fullest
-    time: float  # of a batch: 1 with no idle GPU and no recompute
+    needs: dict[str, Need]  # by the kind of recompute
+    times: dict[str, float]
 
     @property
-    def fullest(self) -> Memory:
-        return max(self.gpus, key=sum)
-
-    @property
-    def needs(self) -> float:
-        """Bytes on the fullest GPU."""
-        return sum(self.fullest)
+    def time(self) -> float:
+        return self.times["none"]
 
 
-def ways_to_run(net: dict) -> tuple[list[Way], list[str]]:
-    """Every schedule, without and with recompute; and the reasons why some are impossible."""
-    gpus, number = net["gpus"], net["num_microbatches"]
+def ways_to_run(
+    config: dict, layers: list[Measured], ends: tuple[int, int]
+) -> tuple[list[Way], list[str]]:
+    """Every schedule; and the reasons why some are impossible."""
+    gpus, number = config["gpus"], config["num_microbatches"]
     batches = {"num_microbatches": number, "batch_size": number, "num_batches": 2}
     one_each = {"num_microbatches": 1, "batch_size": 1, "num_batches": 2 * gpus}
-    ways = {name: {"schedule": name, **batches} for name in PYTORCH}
-    if number >= gpus - 1:  # or it has more than two. (ICML 2021, section 3.1, asks for one more)
-        two_versions = {"schedule": "pipedream", "vertical_sync": True}
-        ways["pipedream 2BW"] = {**batches, "num_batches": 3, **two_versions}
-    ways["pipedream 2019"] = {"schedule": "pipedream", **one_each}
-    found, reasons = list[Way](), list[str]()
-    for name, settings in ways.items():
+    ways, reasons = list[Way](), list[str]()
+    for name in PYTORCH if gpus > 1 else ["1f1b"]:
+        settings: dict = {"schedule": name, **batches}
+        if name == "pipedream 2BW":
+            settings |= {"schedule": "pipedream", "vertical_sync": True, "num_batches": 3}
+        elif name == "pipedream 2019":
+            settings = {"schedule": "pipedream", **one_each}
+        progress(f"simulating {name}" if gpus * number > 512 else "")
         try:
-            plans = [*plans_of(net, settings)]
+            ways.append(way_of(name, settings, config, layers, ends))
         except UserError as error:
             text = f"{name} is left out: {error}".replace("num_stages", "gpus")
             reasons.append(textwrap.fill(text, 80))
-            continue
-        for plan in plans:
-            way = Way(name, [*memory_at_most(net, plan)], time_of_batch(plan, number))
-            if not plan.config["recompute"]:
-                found.append(way)
-            elif way.needs < found[-1].needs:
-                found.append(way._replace(name=f"{name} with recompute"))
-    return found, reasons
+    progress("")
+    return ways, reasons
 
 
-def plans_of(net: dict, settings: dict) -> Iterator[Plan]:
-    """Without and with recompute; with a time for each stage: only the last one has the head."""
-    cut = {"num_stages": net["gpus"], "layers_per_stage": 2, "chunks_per_gpu": 2}
-    plan = make_plan({**PLAN_CONFIG, **cut, **settings})
-    stages = plan.config["num_stages"]
-    if stages > net["layers"]:
-        raise UserError(f"layers={net['layers']} cannot be cut into {stages} stages")
-    for recompute in (False, True):
-        times = times_of_stages({**net, "stages": stages})
-        config = {**plan.config, **times, "recompute": recompute}
-        events, _ = run_rows(plan.schedule, config, plan.pairs)
-        yield plan._replace(config=config, events=events)
+def way_of(name: str, settings: dict, config: dict, layers: list, ends: tuple) -> Way:
+    sizes = {"num_stages": config["gpus"], "layers_per_stage": 2, "chunks_per_gpu": 2}
+    plan = make_plan({**PLAN_CONFIG, **sizes, **settings})
+    stages = cut(config, layers, ends, plan.config["num_stages"])
+    needs, times = dict[str, Need](), dict[str, float]()
+    for kind in RECOMPUTE:
+        per_gpu = needs_of(plan, stages, kind, bytes_per_parameter(config))
+        needs[kind] = max(per_gpu, key=lambda need: need.total)
+        same = kind == "stage"  # as long as per layer
+        times[kind] = (
+            times["layer"] if same else time_of_batch(plan, stages, kind != "none", config)
+        )
+    return Way(name, needs, times)
 
 
-def times_of_stages(net: dict) -> dict[str, list[float]]:
-    """A forward of all stages takes as many units as there are GPUs; a backward twice as long.
+def time_of_batch(plan: Plan, stages: list[StageCost], again: bool, config: dict) -> float:
+    """The time that the second batch adds, or of pipedream, that one takes in a full pipeline.
 
-    A stage takes time for its layers' weights, the last one also for the head's.
+    In units of what the FLOPs take if every GPU has as many and is never idle.
     """
-    of_layer, head = count_parameters(net)
-    work = [footprint.layers_in_stage(net, stage) * of_layer for stage in range(net["stages"])]
-    work[-1] += head
-    forward = [each * net["gpus"] / sum(work) for each in work]
-    return {"forward_time": forward, "backward_time": [2 * time for time in forward]}
-
-
-def time_of_batch(plan: Plan, num_microbatches: int) -> float:
-    """The time that the second batch adds, or of pipedream, that one takes in a full pipeline."""
+    times: dict = {kind: [stage.flops[kind] for stage in stages] for kind in "FIW"}
+    if again:
+        times["I"] = [f + i for f, i in zip(times["F"], times["I"], strict=True)]
+    times["B"] = [i + w for i, w in zip(times["I"], times["W"], strict=True)]
+    whole = sum(sum(stage.flops.values()) for stage in stages) / len(plan.schedule)
     if plan.config["schedule"] == "pipedream":  # then its slowest GPU is never idle
-        return max(plan.config["forward_time"]) * (4 if plan.config["recompute"] else 3) / 3
-    first = max(event.end for event in plan.events if event.op.microbatch < num_microbatches)
-    return (makespan(plan.events) - first) / (3 * num_microbatches)
+        return max(f + b for f, b in zip(times["F"], times["B"], strict=True)) / whole
+    events, _ = run_rows(plan.schedule, plan.config, plan.pairs, {**times, "U": [0] * len(stages)})
+    number = config["num_microbatches"]
+    ends = [max(e.end for e in events if e.op.microbatch // number == batch) for batch in (0, 1)]
+    return (ends[1] - ends[0]) / (whole * number)
 
 
-def memory_at_most(net: dict, plan: Plan) -> Iterator[Memory]:
-    """Of each GPU, at the op at which it holds the most."""
-    cut = {**net, "stages": plan.config["num_stages"]}
-    for row, versions in zip(plan.schedule, peak_versions(plan.schedule), strict=True):
-        held = {*footprint.microbatches_held(row, plan.config["recompute"])}
-        yield max((footprint.memory_of_gpu(cut, versions, each) for each in held), key=sum)
+def needs_of(
+    plan: Plan, stages: list[StageCost], kind: str, per_parameter: tuple[int, int, int]
+) -> Iterator[Need]:
+    """Of each GPU."""
+    versions_of = peak_versions(plan.schedule)
+    for gpu, (row, versions) in enumerate(zip(plan.schedule, versions_of, strict=True)):
+        own = parameters_on([stages[stage] for stage in {op.stage for op in row}])
+        weights, gradients, optimizer = (own * each for each in per_parameter)
+        held = [stage.activations[kind] for stage in stages]
+        activations, working = fullest_moment(row, held)
+        yield Need(
+            gpu, weights, gradients, optimizer, weights * (versions - 1), activations, working
+        )
+
+
+def fullest_moment(row: list[Op], held: list[Activations]) -> tuple[int, int]:
+    """Bytes of microbatches, and of the layer that runs, when there are most of both.
+
+    A microbatch waits from its F on. It is whole from its B on, or its I until its W, and while any
+    of these run.
+    """
+    now, most = 0, (0, 0)
+    for stage, kind, *_ in row:
+        waiting, whole, working = held[stage]
+        if kind == "U":
+            continue
+        now += {"B": -waiting, "I": whole - waiting}.get(kind, 0)
+        there = now + (whole if kind in "FB" else 0)
+        most = max(most, (there, working), key=sum)
+        now += {"F": waiting, "W": -whole}.get(kind, 0)
+    return most
 
 
 # ------------------------------------------------------------------------------------- advice
 
 
-def advise(net: dict, ways: list[Way]) -> list[str]:
-    """Which way to take, and what the weight versions cost next to the optimizer's state."""
-    fitting = [way for way in ways if way.needs <= net["memory"]]
-    if net["gpus"] == 1 and fitting:
+def advise(config: dict, ways: list[Way], whole: float) -> list[str]:
+    """Which way to take, what it needs, and what weight versions cost."""
+    found = [(way, kind) for way in ways for kind in RECOMPUTE]
+    fitting = [(w, kind) for w, kind in found if w.needs[kind].total <= config["memory"]]
+    if config["gpus"] == 1 and fitting:
         return ["It fits on one GPU: no pipeline."]
-    text = describe_fastest(net, fitting) if fitting else what_is_missing(net, ways)
-    return [text] if net["gpus"] == 1 else [text, describe_stashing(ways)]
+    text = describe_fastest(config, fitting) if fitting else what_is_missing(config, found)
+    return [text] if config["gpus"] == 1 else [text, describe_stashing(ways, whole)]
 
 
-def what_is_missing(net: dict, ways: list[Way]) -> str:
-    least = min(ways, key=lambda way: way.needs)
-    text = f"Nothing fits. {least.name} needs the least, {least.needs / 1e9:.1f} GB. Use"
-    if net["microbatch_size"] > 1 and least.fullest.activations > least.fullest.optimizer:
+def what_is_missing(config: dict, found: list[tuple[Way, str]]) -> str:
+    way, kind = min(found, key=lambda each: each[0].needs[each[1]].total)
+    need = way.needs[kind]
+    text = f"Nothing fits. {named(way, kind)} needs the least, {need.total / 1e9:.1f} GB. Use"
+    if (config["microbatch_size"] or 1) > 1 and need.activations + need.working > need.optimizer:
         return text + " smaller microbatches (--microbatch_size 1), or more GPUs."
     return text + " more GPUs, as stages, or as replicas that divide the optimizer's state (ZeRO)."
 
 
-def describe_fastest(net: dict, fitting: list[Way]) -> str:
+def named(way: Way, kind: str) -> str:
+    return way.name + ("" if kind == "none" else f" with recompute per {kind}")
+
+
+def describe_fastest(config: dict, fitting: list[tuple[Way, str]]) -> str:
     """Of two that are as fast, the one with fresh gradients; then the one that needs less."""
-    fitting = sorted(fitting, key=lambda w: (round(w.time, 3), "pipedream" in w.name, w.needs))
-    best, fresh = fitting[0], next((w for w in fitting if "pipedream" not in w.name), None)
-    text = f"{best.name} is the fastest of these that fits{in_pytorch(best)}"
-    if best is not fresh:
-        age = f"up to {net['gpus'] - 1} updates" if "2019" in best.name else "one batch"
+    fitting = sorted(
+        fitting,
+        key=lambda each: (
+            round(each[0].times[each[1]], 3),
+            "pipedream" in each[0].name,
+            each[0].needs[each[1]].total,
+        ),
+    )
+    (best, kind), fresh = (
+        fitting[0],
+        next((w for w in fitting if "pipedream" not in w[0].name), None),
+    )
+    text = f"{named(best, kind)} is the fastest of these that fits{in_pytorch(best)}"
+    if "pipedream" in best.name:
+        age = f"up to {config['gpus'] - 1} updates" if "2019" in best.name else "one batch"
         text += f", but its gradients are {age} old"
         if fresh:
-            slower = f", {fresh.time / best.time - 1:.0%} longer per batch"
-            text += f". With fresh gradients: {fresh.name}{in_pytorch(fresh)}{slower}"
-    return text + "."
+            longer = f"{fresh[0].times[fresh[1]] / best.times[kind] - 1:.0%} longer"
+            text += f". With fresh gradients: {named(*fresh)}{in_pytorch(fresh[0])}, {longer}"
+    gpu, *sizes = best.needs[kind]
+    parts = (f"{name} {each / 1e9:.1f}" for name, each in zip(Need._fields[1:], sizes, strict=True))
+    return f"{text}. On GPU{gpu}, the fullest, in GB: {', '.join(parts)}."
 
 
 def in_pytorch(way: Way) -> str:
-    name = PYTORCH.get(way.name.removesuffix(" with recompute"))
-    return f" (PyTorch: {name})" if name else " (PyTorch has no schedule for it)"
+    name = PYTORCH[way.name]
+    return " (PyTorch has no schedule for it)" if name == "-" else f" (PyTorch: Schedule{name})"
 
 
-def describe_stashing(ways: list[Way]) -> str:
-    gpus_of = {way.name: way.gpus for way in ways}
-    paper, two_versions = gpus_of["pipedream 2019"], gpus_of.get("pipedream 2BW")
-    versions, whole = paper[0].weights + paper[0].stash, sum(gpu.weights for gpu in paper)
-    text = f"On GPU0 the weight versions of PipeDream (2019) take {versions / 1e9:.1f} GB; "
+def describe_stashing(ways: list[Way], whole: float) -> str:
+    """whole: bytes of the weights of all layers."""
+    needs = {way.name: way.needs["none"] for way in ways}
+    paper, two_versions = needs["pipedream 2019"], needs.get("pipedream 2BW")
+    versions = (paper.weights + paper.stash) / 1e9
+    text = f"On GPU{paper.gpu} the weight versions of PipeDream (2019) take {versions:.1f} GB; "
     text += f"the weights of the whole network take {whole / 1e9:.1f} GB."
     if two_versions:
-        text += f" 2BW adds {two_versions[0].stash / 1e9:.1f} GB of weights"
-        text += f" to {paper[0].optimizer / 1e9:.1f} GB of the optimizer's state."
+        text += f" 2BW adds {two_versions.stash / 1e9:.1f} GB of weights"
+        text += f" to {two_versions.optimizer / 1e9:.1f} GB of the optimizer's state."
     return text

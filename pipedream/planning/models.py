@@ -1,0 +1,135 @@
+"""Which layers are measured? Those of a known model, a config.json, or the reader's own file."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pipedream.backstage.text import shown
+from pipedream.schedules.files import read_text
+from pipedream_simple import UserError
+
+from .families import NAMES, PRESETS, read_model
+
+
+class Model(NamedTuple):
+    """Layers to measure, and a microbatch for them."""
+
+    name: str
+    layers: list[Callable[[], nn.Module]]  # the last one is the loss, where there is one
+    input: Callable[[], Tensor]  # makes what the first layer gets
+    ends: tuple[int, int]  # layers before and after those that an even cut counts
+    about: list[str]  # its parts, what was changed, what is not counted
+
+
+def load_model(model: str, config: dict) -> Model:
+    """A preset, a config.json, or a Python file with LAYERS and my_batch. UserError: what is wrong.
+
+    config has the keys sequence, layers, num_microbatches and microbatch_size; None: the model's.
+    """
+    path, presets = Path(model), ", ".join(PRESETS)
+    if path.suffix == ".py":
+        return from_python(path, config)
+    if model in PRESETS:
+        return from_config(model, PRESETS[model], config)
+    if path.suffix == ".json":
+        try:
+            found = json.loads(read_text(path))
+        except ValueError as error:
+            raise UserError(f"{str(path)[-200:]}: {error}") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{str(path)[-200:]} must hold the keys of one model")
+        return from_config(str(found.get("_name_or_path") or path), found, config)
+    raise UserError(f"MODEL={shown(model)} must be one of {presets}, a config.json, or a .py file")
+
+
+# ------------------------------------------------------------------------------- public models
+
+
+class TokenLoss(nn.Module):
+    """Cross-entropy in fp32, as models are trained: it keeps a copy of the logits."""
+
+    def forward(self, logits: Tensor) -> Tensor:  # (sequences, tokens, vocabulary) in
+        logits = logits.flatten(0, -2).float()
+        return cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
+
+
+def from_config(name: str, found: dict, config: dict) -> Model:
+    about, keys = [], NAMES["blocks"].split()
+    if (layers := config["layers"]) is not None:
+        before = next((found[key] for key in keys if key in found), None)
+        found = {key: value for key, value in found.items() if key not in keys}
+        found[keys[0]] = layers
+        about.append(f"layers={layers} instead of {before}")
+    public = read_model(found, config["sequence"])
+    rows = config["microbatch_size"] or 1
+    sizes = f"embedding, {public.blocks} blocks and head; microbatches of {rows} x"
+    about = [f"{sizes} {public.sequence:,} tokens", *about, *public.notes]
+    ids = partial(torch.zeros, rows, public.sequence, dtype=torch.int64)
+    return Model(name, [*public.layers, TokenLoss], ids, (1, 2), about)
+
+
+# ------------------------------------------------------------------------------- the reader's file
+
+
+class OwnLoss(nn.Module):
+    """my_loss of the reader's file, on the targets of a microbatch."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], targets: Tensor):
+        super().__init__()
+        self.loss = lambda output: loss(output, targets)
+
+    def forward(self, output: Tensor) -> Tensor:
+        return self.loss(output)
+
+
+def from_python(path: Path, config: dict) -> Model:
+    """LAYERS, functions that make a layer; my_batch(number, train=True) -> x, y, how many count."""
+    name, module = str(path)[-200:], import_file(path)
+    for key in ("sequence", "layers"):
+        if config[key] is not None:
+            raise UserError(f"{key}={config[key]} is for public models: change it in {name}")
+    try:
+        layers, batch = [*module.LAYERS], module.my_batch
+        x, y, *_ = batch(0)
+        rows, parts = len(x), config["num_microbatches"]
+    except Exception as error:
+        what = "LAYERS, a list of functions, and my_batch(number), which returns x, y and a count"
+        raise UserError(f"{name} must have {what}: {one_line(error)}") from None
+    size = config["microbatch_size"] or rows // parts
+    if config["microbatch_size"] is None and rows % parts:
+        rule = f"num_microbatches={parts} must divide its {rows} rows, or give --microbatch_size"
+        raise UserError(f"my_batch of {name}: {rule}")
+    x, y = (part[:1].expand(size, *part.shape[1:]).contiguous() for part in (x, y))
+    about = [f"{len(layers)} layers; microbatches of {size} x {(*x.shape[1:],)}"]
+    if loss := getattr(module, "my_loss", None):
+        return Model(name, [*layers, lambda: OwnLoss(loss, y)], lambda: x, (0, 1), about)
+    return Model(name, layers, lambda: x, (0, 0), [*about, "it has no my_loss: no loss is counted"])
+
+
+def import_file(path: Path) -> Any:
+    """The module in that file, as if it were imported from its folder."""
+    read_text(path)
+    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{str(path)[-200:]} cannot be imported: {one_line(error)}") from None
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def one_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text[:200]}"
