@@ -443,11 +443,11 @@ def of_staleness():
 
 def of_fit(printed):
     rows = {
-        name: re.search(rf"^\+ {name}  .*?(\S+) +(\S+)$", printed, re.M).groups()
+        name: re.search(rf"^{name}  +\S+ +(\S+) +(\S+?)\+", printed, re.M).groups()
         for name in ("1f1b", "zb-h1", "zb-h2", "zb-v", "pipedream 2BW")
     }
-    yield "The 7B model", [time for _, time in rows.values()]
-    memory = {name: float(memory) for name, (memory, _) in rows.items()}
+    yield "The 7B model", [time for time, _ in rows.values()]
+    memory = {name: float(memory) for name, (_, memory) in rows.items()}
     more = [f"{memory[name] / memory['1f1b'] - 1:.0%}" for name in ("zb-h1", "zb-h2", "zb-v")]
     yield "The 7B model", [*more, fit.KEYS["num_microbatches"]]
 

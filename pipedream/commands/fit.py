@@ -315,7 +315,9 @@ def advise(config: dict, ways: list[Way], whole: float) -> list[str]:
 def what_is_missing(config: dict, found: list[tuple[Way, str]]) -> str:
     way, kind = min(found, key=lambda each: each[0].needs[each[1]].total)
     need = way.needs[kind]
-    text = f"Nothing fits. {named(way, kind)} needs the least, {need.total / 1e9:.1f} GB. Use"
+    alone = "Without recompute, it" if kind == "none" else f"With recompute per {kind}, it"
+    what = named(way, kind) if config["gpus"] > 1 else alone
+    text = f"Nothing fits. {what} needs the least, {need.total / 1e9:.1f} GB. Use"
     if (config["microbatch_size"] or 1) > 1 and need.activations + need.working > need.optimizer:
         return text + " smaller microbatches (--microbatch_size 1), or more GPUs."
     return text + " more GPUs, as stages, or as replicas that divide the optimizer's state (ZeRO)."
