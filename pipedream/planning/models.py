@@ -100,14 +100,14 @@ def from_python(path: Path, config: dict) -> Model:
         layers, batch = [*module.LAYERS], module.my_batch
         x, y, *_ = batch(0)
         rows, parts = len(x), config["num_microbatches"]
+        size = config["microbatch_size"] or rows // parts
+        x, y = (part[:1].cpu().expand(size, *part.shape[1:]).contiguous() for part in (x, y))
     except Exception as error:
-        what = "LAYERS, a list of functions, and my_batch(number), which returns x, y and a count"
+        what = "LAYERS, a list of functions, and my_batch(number): tensors x and y, and a count"
         raise UserError(f"{name} must have {what}: {one_line(error)}") from None
-    size = config["microbatch_size"] or rows // parts
     if config["microbatch_size"] is None and rows % parts:
         rule = f"num_microbatches={parts} must divide its {rows} rows, or give --microbatch_size"
         raise UserError(f"my_batch of {name}: {rule}")
-    x, y = (part[:1].expand(size, *part.shape[1:]).contiguous() for part in (x, y))
     about = [f"{len(layers)} layers; microbatches of {size} x {(*x.shape[1:],)}"]
     if loss := getattr(module, "my_loss", None):
         return Model(name, [*layers, lambda: OwnLoss(loss, y)], lambda: x, (0, 1), about)
@@ -117,11 +117,12 @@ def from_python(path: Path, config: dict) -> Model:
 def import_file(path: Path) -> Any:
     """The module in that file, as if it were imported from its folder."""
     read_text(path)
-    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    name = "model_of_the_reader"  # its own may be that of another module
+    spec: Any = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))
     try:
-        sys.modules[path.stem] = module
+        sys.modules[name] = module
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise UserError(f"{str(path)[-200:]} cannot be imported: {one_line(error)}") from None
