@@ -6,10 +6,11 @@ from itertools import product
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.pipelining import schedules
 
 from pipedream.commands import fit
-from pipedream.commands.fit import KEYS, check_fit, cut, fullest_moment, parameters_on
+from pipedream.commands.fit import KEYS, StageCost, check_fit, cut, fullest_moment, parameters_on
 from pipedream.planning.families import PRESETS
 from pipedream.planning.measuring import Activations, all_parameters, measure_layers
 from pipedream.planning.models import load_model
@@ -69,8 +70,7 @@ def test_times_of_equal_layers_are_the_closed_forms(run, mine):
     assert found["zb-v"] < found["zb-h1"] < found["interleaved"] < found["1f1b"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-3-8b"])
-def test_parts_of_a_step_are_measured_and_not_one_to_one_to_one(name):
+def test_parts_of_a_step_are_measured_and_not_one_to_one_to_one():
     model = load_model("llama-3-8b", KEYS)
     block = measure_layers(model.layers, model.input, torch.bfloat16)[1]
     assert 1.05 < block.input_flops / block.forward_flops < 1.8
@@ -103,7 +103,9 @@ def test_what_a_gpu_holds_is_what_its_microbatches_hold_one_by_one(schedule):
     """Each waits from F to B, and is whole from B on, or from I until its W is over."""
     sizes = {"num_stages": 3, "num_microbatches": 6, "batch_size": 6, "layers_per_stage": 2}
     plan = make_plan({**PLAN_CONFIG, **sizes, "schedule": schedule, "chunks_per_gpu": 2})
-    held = [Activations(3 + s, 100 + 7 * s, 11 * (s + 1)) for s in range(plan.config["num_stages"])]
+    stages = range(plan.config["num_stages"])
+    held = [Activations(3 + s, 100 + 7 * s, 11 * (s + 1)) for s in stages]
+    halved = [300 + s for s in stages]
     for row in plan.schedule:
         most, state = (0, 0), {}  # (stage, microbatch) -> bytes
         for stage, kind, m, _ in row:
@@ -111,10 +113,10 @@ def test_what_a_gpu_holds_is_what_its_microbatches_hold_one_by_one(schedule):
             if kind == "U":
                 continue
             before = state.get((stage, m), 0)
-            state[stage, m] = whole if kind != "W" else before
+            state[stage, m] = {"W": before, "I": halved[stage]}.get(kind, whole)
             most = max(most, (sum(state.values()), working), key=sum)
-            state[stage, m] = {"F": waiting, "I": whole}.get(kind, 0)
-        assert fullest_moment(row, held) == most
+            state[stage, m] = {"F": waiting, "I": halved[stage]}.get(kind, 0)
+        assert fullest_moment(row, held, halved) == most
 
 
 def test_the_whole_of_a_model_is_in_its_stages_whatever_the_cut():
@@ -122,12 +124,13 @@ def test_the_whole_of_a_model_is_in_its_stages_whatever_the_cut():
     layers = measure_layers(model.layers, model.input, torch.bfloat16)
     assert all_parameters(layers) == 1_235_814_400  # its head's matrix is the embedding's
     for number, even in product((1, 2, 4, 16), (True, False)):
-        stages = cut({**KEYS, "even": even}, layers, model.ends, number)
+        gpus = [[stage] for stage in range(number)]
+        stages = cut({**KEYS, "even": even}, layers, model.ends, gpus)
         assert len(stages) == number
         # The tied matrix is on both ends of a pipeline, and once where one GPU has both.
         tied = 128_256 * 2048 * (number > 1)
-        assert sum(parameters_on([stage]) for stage in stages) == 1_235_814_400 + tied
-        assert parameters_on(stages) == 1_235_814_400
+        assert sum(parameters_on([stage])[0] for stage in stages) == 1_235_814_400 + tied
+        assert parameters_on(stages) == (1_235_814_400, 1_235_814_400)
         work = [sum(stage.flops.values()) for stage in stages]
         whole = sum(each.forward_flops + each.input_flops + each.weight_flops for each in layers)
         assert sum(work) == whole
@@ -136,11 +139,36 @@ def test_the_whole_of_a_model_is_in_its_stages_whatever_the_cut():
 def test_an_uneven_cut_is_at_least_as_fast_as_an_even_one():
     model = load_model("llama-3-8b", KEYS)  # a head as large as several blocks
     layers = measure_layers(model.layers, model.input, torch.bfloat16)
+    one_each = [[stage] for stage in range(8)]
     slowest = [
-        max(sum(s.flops.values()) for s in cut({**KEYS, "even": even}, layers, model.ends, 8))
+        max(
+            sum(s.flops.values()) for s in cut({**KEYS, "even": even}, layers, model.ends, one_each)
+        )
         for even in (True, False)
     ]
     assert slowest[0] > 1.1 * slowest[1]
+
+
+def test_frozen_weights_have_no_gradient_and_shared_ones_count_once_on_a_gpu():
+    one = nn.Linear(64, 64, bias=False)
+
+    def frozen():
+        return nn.Linear(64, 64, bias=False).requires_grad_(False)
+
+    x = torch.zeros(2, 64)
+    layers = measure_layers([lambda: one] * 4 + [frozen] * 4, x)
+    numbered = dict(enumerate(layers))
+    own = [{n: numbered[n] for n in span} for span in (range(1, 4), range(4, 8))]
+    found = [parameters_on([StageCost(each, {}, {})]) for each in own]
+    assert found == [(64 * 64, 64 * 64), (4 * 64 * 64, 0)]
+
+
+def test_no_cut_is_slower_than_the_even_one(run):
+    """Where a GPU has two stages, the planner's slowest stage says little."""
+    for flags in ("llama-3-70b --gpus 8", "--layers 41 --gpus 10"):
+        found = [table_of(run("fit", *flags.split(), "--even", even).out) for even in (True, False)]
+        for name, (_, time, *_) in found[1].items():
+            assert time <= found[0][name][1] + 0.02, (flags, name)
 
 
 def test_recompute_per_layer_fits_where_nothing_did(run):
@@ -238,7 +266,9 @@ def test_a_file_that_cannot_be_measured_gets_one_line(run, mine, text, words):
         ),
         *("--microbatch_size 0", "--num_microbatches 2000", "--even maybe", "--model llama-2-7b"),
         *("mine.py --layers 3", "mine.py --sequence 3", "mine.py --num_microbatches 7"),
-        *("gpt2.json --sequence 4096", "list.json", "broken.json", "other.json"),
+        *("gpt2.json --sequence 4096", "list.json", "broken.json", "other.json", "deep.json"),
+        *("--layers 2 --gpus 5 --even True", "--precision fp32 --gradients bf16"),
+        "--sequence 10000000 --microbatch_size 10000000",
     ],
 )
 def test_bad_input_gets_one_line(run, mine, tmp_path, flags):
@@ -248,6 +278,7 @@ def test_bad_input_gets_one_line(run, mine, tmp_path, flags):
     (tmp_path / "other.json").write_text(json.dumps({**gpt2, "model_type": "rwkv"}))
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "deep.json").write_text('{"a":' * 100_000)
     status, out, err = run("fit", *flags.split())
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert len(err) < 400
@@ -264,5 +295,8 @@ def test_python_is_refused_what_the_command_line_is(key, value):
     for check in (check_fit, fit.main):
         with pytest.raises(ValueError, match=key):
             check({**KEYS, key: value})
+    for config in (None, [], "x"):
+        with pytest.raises(ValueError, match="config must be"):
+            check_fit(config)
     with pytest.raises(ValueError, match="gpus"):
         check_fit({k: v for k, v in KEYS.items() if k != "gpus"})

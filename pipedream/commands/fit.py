@@ -9,6 +9,7 @@ Every layer runs once on shapes without values: nothing is downloaded, and no GP
 follows from what layers keep and from the rows of the schedules; times are FLOPs, simulated.
 """
 
+import math
 import textwrap
 from collections.abc import Iterator
 from itertools import pairwise
@@ -55,6 +56,7 @@ FIT_RULES: dict[str, Any] = {
     **{"precision": PRECISION, "gradients": ["fp32", "bf16"], "optimizer": STATE_BYTES},
     "even": [True, False],
 }
+MOST = {("gpus", "num_microbatches"): 16_384, ("microbatch_size", "sequence"): 10_000_000}
 MAY_BE_NONE = "microbatch_size", "sequence", "layers"
 RECOMPUTE = "none", "layer", "stage"
 
@@ -66,9 +68,10 @@ PYTORCH = {  # schedule -> Schedule... of torch.distributed.pipelining; -: it ha
 }
 LEGEND = """\
 GB on the GPU that needs most, + where it fits into {:g}: without recompute; where each layer keeps
-its input only, and runs again (full recompute in Megatron-LM); where each stage does (GPipe). time:
-of a batch, 1.00 if no GPU were ever idle; again: with either recompute; of pipedream once the
-pipeline is full. Links are free; dualpipe-v's pairs take as long as their two ops. From zb-v to
+its input only, and runs again right before its backward; where each stage does (GPipe). Between the
+halves of a backward all layers are whole; PyTorch's engine then keeps more than that. time: of a
+batch, 1.00 if no GPU were ever idle; again: with either recompute; of pipedream once the pipeline
+is full. Links are free; dualpipe-v's pairs take as long as their two ops. From zb-v to
 interleaved-zb a GPU has two stages. PyTorch: its class, without Schedule in front. A parameter
 takes {} + {} + {} bytes: weight, gradient, optimizer's state. No GPU has confirmed these numbers
 yet: kernels of CUDA are assumed."""
@@ -78,12 +81,13 @@ def main(config: dict, model: str = "llama-2-7b") -> None:
     check_fit(config)
     found = load_model(str(model), config)
     dtype = PRECISION[config["precision"]][0]
+    progress(f"measuring {len(found.layers)} layers" if len(found.layers) > 100 else "")
     layers = measure_layers(found.layers, found.input, dtype)
     if config["gpus"] > len(layers):
         what = f"{count(len(layers), 'layer')} cannot be cut into gpus={config['gpus']} stages"
         raise UserError(what)
-    print(describe_request(config, found, layers), flush=True)
     ways, reasons = ways_to_run(config, layers, found.ends)
+    print(describe_request(config, found, layers))
     print("", *format_table(table_of(ways, config["memory"])), *reasons, sep="\n")
     legend = LEGEND.format(config["memory"] / 1e9, *bytes_per_parameter(config))
     print(textwrap.fill(legend, 80, initial_indent="   ", subsequent_indent="   "), end="\n\n")
@@ -93,14 +97,19 @@ def main(config: dict, model: str = "llama-2-7b") -> None:
 
 def check_fit(config: dict) -> None:
     """Raise a UserError (a ValueError) for the first wrong thing in config."""
+    if not isinstance(config, dict):
+        raise UserError(f"config must be a dict with {', '.join(FIT_RULES)}")
     for key in {**config, **FIT_RULES}:
         if key not in config or key not in FIT_RULES:
             raise UserError(f"{key!r} is missing or unknown: fit takes {', '.join(FIT_RULES)}")
         if config[key] is not None or key not in MAY_BE_NONE:
             check_value(key, config[key], FIT_RULES[key])
-    sizes = f"gpus={config['gpus']} * num_microbatches={config['num_microbatches']}"
-    if config["gpus"] * config["num_microbatches"] > 16_384:
-        raise UserError(f"{sizes} must be at most 16,384")
+    for keys, most in MOST.items():
+        if math.prod(config[key] or 1 for key in keys) > most:
+            sizes = " * ".join(f"{key}={config[key]}" for key in keys)
+            raise UserError(f"{sizes} must be at most {most:,}")
+    if config["precision"] == "fp32" and config["gradients"] == "bf16":
+        raise UserError("gradients='bf16' needs precision='bf16'")
 
 
 def bytes_per_parameter(config: dict) -> tuple[int, int, int]:
@@ -142,26 +151,37 @@ class StageCost(NamedTuple):
 
 
 def cut(
-    config: dict, layers: list[Measured], ends: tuple[int, int], number: int
+    config: dict, layers: list[Measured], ends: tuple[int, int], gpus: list[list[int]]
 ) -> list[StageCost]:
-    """So many stages of consecutive layers: the slowest as fast as can be, or as even as can be."""
-    first, last = ends
-    blocks = len(layers) - first - last
-    if number > (blocks if config["even"] else len(layers)):
-        raise UserError(f"{count(len(layers), 'layer')} cannot be cut into {number} stages")
-    if config["even"]:
-        bounds = [first + blocks * stage // number for stage in range(1, number)]
-    else:
+    """A stage for each number in gpus, which has the stages of each GPU.
+
+    As even as can be; or the planner's, if its slowest GPU is faster and an even cut is not asked.
+    """
+    (first, last), number = ends, sum(map(len, gpus))
+    blocks, cuts = len(layers) - first - last, list[list[int]]()
+    if number <= blocks:
+        cuts.append([first + blocks * stage // number for stage in range(1, number)])
+    if not config["even"] and number <= len(layers):
         costs = [(each.forward_flops, each.input_flops + each.weight_flops) for each in layers]
         chain = [
             Layer(each.name, *cost, each.output, 0)
             for each, cost in zip(layers, costs, strict=True)
         ]
         stages = best_partition(chain, [number], [1e18], straight=True).stages
-        bounds = [stage.first for stage in stages[1:]]
+        cuts.append([stage.first for stage in stages[1:]])
+    if not cuts:
+        what = f"{blocks} blocks" if config["even"] else count(len(layers), "layer")
+        raise UserError(f"{what} cannot be cut into {number} stages")
     numbered = dict(enumerate(layers))
-    spans = (range(*ends) for ends in pairwise([0, *bounds, len(layers)]))
-    return [cost_of({number: numbered[number] for number in span}) for span in spans]
+    found = []
+    for bounds in cuts:
+        spans = (range(*ends) for ends in pairwise([0, *bounds, len(layers)]))
+        found.append([cost_of({n: numbered[n] for n in span}) for span in spans])
+
+    def slowest(stages: list[StageCost]) -> int:
+        return max(sum(sum(stages[s].flops.values()) for s in mine) for mine in gpus)
+
+    return min(found, key=slowest)  # of two that are as fast, the even one
 
 
 def cost_of(layers: dict[int, Measured]) -> StageCost:
@@ -172,10 +192,15 @@ def cost_of(layers: dict[int, Measured]) -> StageCost:
     return StageCost(layers, flops, kept)
 
 
-def parameters_on(stages: list[StageCost]) -> int:
-    """Of a GPU with these stages. What is tied to a layer elsewhere is there twice."""
+def parameters_on(stages: list[StageCost]) -> tuple[int, int]:
+    """Of a GPU with these stages: all, and those that are trained. Tied ones count once on it."""
     here = {number: layer for stage in stages for number, layer in stage.layers.items()}
-    return sum(each.parameters - each.tied * (each.tied_to in here) for each in here.values())
+    seen, own, trained = {*here}, 0, 0
+    for each in here.values():
+        new = each.parameters - each.tied * (each.tied_to in seen)
+        seen.add(each.tied_to)
+        own, trained = own + new, trained + max(0, new - each.frozen)
+    return own, trained
 
 
 # ----------------------------------------------------------------------------- ways to run it
@@ -223,20 +248,23 @@ def ways_to_run(
             settings |= {"schedule": "pipedream", "vertical_sync": True, "num_batches": 3}
         elif name == "pipedream 2019":
             settings = {"schedule": "pipedream", **one_each}
-        progress(f"simulating {name}" if gpus * number > 512 else "")
+        progress(f"simulating {name}" if gpus * number > 256 else "")
         try:
             ways.append(way_of(name, settings, config, layers, ends))
         except UserError as error:
             text = f"{name} is left out: {error}".replace("num_stages", "gpus")
             reasons.append(textwrap.fill(text, 80))
     progress("")
+    if not ways:
+        raise UserError(" ".join(reasons[0].split()))
     return ways, reasons
 
 
 def way_of(name: str, settings: dict, config: dict, layers: list, ends: tuple) -> Way:
     sizes = {"num_stages": config["gpus"], "layers_per_stage": 2, "chunks_per_gpu": 2}
     plan = make_plan({**PLAN_CONFIG, **sizes, **settings})
-    stages = cut(config, layers, ends, plan.config["num_stages"])
+    gpus = [sorted({op.stage for op in row}) for row in plan.schedule]
+    stages = cut(config, layers, ends, gpus)
     needs, times = dict[str, Need](), dict[str, float]()
     for kind in RECOMPUTE:
         per_gpu = needs_of(plan, stages, kind, bytes_per_parameter(config))
@@ -272,30 +300,34 @@ def needs_of(
     """Of each GPU."""
     versions_of = peak_versions(plan.schedule)
     for gpu, (row, versions) in enumerate(zip(plan.schedule, versions_of, strict=True)):
-        own = parameters_on([stages[stage] for stage in {op.stage for op in row}])
-        weights, gradients, optimizer = (own * each for each in per_parameter)
+        own, trained = parameters_on([stages[stage] for stage in {op.stage for op in row}])
+        weights, gradients, optimizer = (
+            number * each
+            for number, each in zip((own, trained, trained), per_parameter, strict=True)
+        )
         held = [stage.activations[kind] for stage in stages]
-        activations, working = fullest_moment(row, held)
+        halved = [stage.activations["none"].whole for stage in stages]
+        activations, working = fullest_moment(row, held, halved)
         yield Need(
             gpu, weights, gradients, optimizer, weights * (versions - 1), activations, working
         )
 
 
-def fullest_moment(row: list[Op], held: list[Activations]) -> tuple[int, int]:
+def fullest_moment(row: list[Op], held: list[Activations], halved: list[int]) -> tuple[int, int]:
     """Bytes of microbatches, and of the layer that runs, when there are most of both.
 
-    A microbatch waits from its F on. It is whole from its B on, or its I until its W, and while any
-    of these run.
+    A microbatch waits from its F on, and is whole in its B. From its I until its W it is halved:
+    all layers have run again, and W needs what all of them kept.
     """
     now, most = 0, (0, 0)
     for stage, kind, *_ in row:
         waiting, whole, working = held[stage]
         if kind == "U":
             continue
-        now += {"B": -waiting, "I": whole - waiting}.get(kind, 0)
+        now += {"B": -waiting, "I": halved[stage] - waiting}.get(kind, 0)
         there = now + (whole if kind in "FB" else 0)
         most = max(most, (there, working), key=sum)
-        now += {"F": waiting, "W": -whole}.get(kind, 0)
+        now += {"F": waiting, "W": -halved[stage]}.get(kind, 0)
     return most
 
 
@@ -309,7 +341,8 @@ def advise(config: dict, ways: list[Way], whole: float) -> list[str]:
     if config["gpus"] == 1 and fitting:
         return ["It fits on one GPU: no pipeline."]
     text = describe_fastest(config, fitting) if fitting else what_is_missing(config, found)
-    return [text] if config["gpus"] == 1 else [text, describe_stashing(ways, whole)]
+    stashing = describe_stashing(ways, whole) if ways[-1].name == "pipedream 2019" else ""
+    return [text, stashing] if config["gpus"] > 1 and stashing else [text]
 
 
 def what_is_missing(config: dict, found: list[tuple[Way, str]]) -> str:
@@ -332,15 +365,13 @@ def describe_fastest(config: dict, fitting: list[tuple[Way, str]]) -> str:
     fitting = sorted(
         fitting,
         key=lambda each: (
-            round(each[0].times[each[1]], 3),
+            round(each[0].times[each[1]], 2),
             "pipedream" in each[0].name,
             each[0].needs[each[1]].total,
         ),
     )
-    (best, kind), fresh = (
-        fitting[0],
-        next((w for w in fitting if "pipedream" not in w[0].name), None),
-    )
+    best, kind = fitting[0]
+    fresh = next((each for each in fitting if "pipedream" not in each[0].name), None)
     text = f"{named(best, kind)} is the fastest of these that fits{in_pytorch(best)}"
     if "pipedream" in best.name:
         age = f"up to {config['gpus'] - 1} updates" if "2019" in best.name else "one batch"

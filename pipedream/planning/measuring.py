@@ -59,6 +59,7 @@ class Measured(NamedTuple):
     parameters: int
     tied: int  # of these, the ones that an earlier layer has too
     tied_to: int  # the number of that layer, or -1
+    frozen: int  # of the parameters, those without a gradient
     input: int  # bytes that it is sent; a gradient of the same size goes back
     output: int
     in_place: bool  # its output lies in its input's memory
@@ -167,7 +168,8 @@ def make_and_run(make: Callable, number: int, x: Tensor, fake, kernels, counted)
             with fake, kernels:
                 measured, sent = run_layer_once(layer, x)
             parameters, *tied, weights = count_weights(layer, counted, number)
-            row = Measured(type(layer).__name__, parameters, tied[0], tied[1], *measured)
+            frozen = sum(w.numel() for w in layer.parameters() if not w.requires_grad)
+            row = Measured(type(layer).__name__, parameters, tied[0], tied[1], frozen, *measured)
             return row, sent, weights, device
         except UserError as error:
             raise UserError(f"{name} {error}") from None

@@ -40,13 +40,14 @@ def load_model(model: str, config: dict) -> Model:
     if model in PRESETS:
         return from_config(model, PRESETS[model], config)
     if path.suffix == ".json":
+        text = read_text(path)
         try:
-            found = json.loads(read_text(path))
-        except ValueError as error:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{str(path)[-200:]}: {error}") from None
         if not isinstance(found, dict):
             raise UserError(f"{str(path)[-200:]} must hold the keys of one model")
-        return from_config(str(found.get("_name_or_path") or path), found, config)
+        return from_config(path.name, found, config)
     raise UserError(f"MODEL={shown(model)} must be one of {presets}, a config.json, or a .py file")
 
 
