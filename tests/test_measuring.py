@@ -129,11 +129,11 @@ def test_bytes_are_those_that_the_allocator_notes_in_a_real_run(make, batch):
     module, x = make(), batch()
     after, forward_peak, backward_peak = real_run(x, module, [*module.parameters()])
     assert layer.kept + layer.output == after
-    peaks = layer.forward_peak, layer.backward_peak
+    beyond = forward_peak - layer.forward_peak, backward_peak - layer.backward_peak
     if make is convolution:  # kernels on the CPU have memory of their own for a moment
-        assert peaks <= (forward_peak, backward_peak)
+        assert min(beyond) >= 0
     else:
-        assert peaks == (forward_peak, backward_peak)
+        assert beyond == (0, 0)
     assert (layer.input, layer.output) == (x.nbytes, module(x).nbytes)
 
 
@@ -352,9 +352,8 @@ def test_attention_on_a_gpu_keeps_no_matrix_of_scores(options, dtype, numbers, m
     ],
 )
 def test_attention_on_a_gpu_keeps_the_scores_where_no_kernel_fits(make, dtype, heads):
-    x = sequence(TOKENS // 2, 8).expand(2, -1, -1)
-    scores = dtype.itemsize * heads * TOKENS * TOKENS // 2
-    assert measured(make, x, dtype).kept > scores
+    length = 4096
+    assert measured(make, sequence(length, 8), dtype).kept > dtype.itemsize * heads * length**2
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -507,7 +506,7 @@ def test_layers_that_convert_or_look_at_their_weights_while_they_are_made_can_be
     assert layer.output == HALF * 48 * WIDTH
 
 
-def test_nothing_of_the_reader_s_changes_and_no_warning_is_shown(capfd):
+def test_measuring_changes_nothing_and_shows_no_warning(capfd):
     module, x = perceptron(), hidden()
     before, seed = [p.clone() for p in module.parameters()], torch.get_rng_state()
     with warnings.catch_warnings():
@@ -579,8 +578,8 @@ def test_a_mistake_is_told_in_one_line(message, capfd, caplog):
     assert "\n" not in text
     assert len(text) <= 300
     assert not caplog.records
-    if "Linear(7" in message or message.endswith("(3, 16, 64) of float32"):
-        assert "7" in text.split("float32")[1]  # what it takes
+    if message.endswith("(3, 16, 64) of float32"):
+        assert "[7, 8]" in text  # what it takes
     if "products" in message or "values" in message:
         assert text.endswith("measure it with python -m pipedream profile")
     assert capfd.readouterr() == ("", "")
