@@ -132,8 +132,8 @@ def one_f_one_b(device: int, num_devices: int, num_microbatches: int) -> Iterato
     Less memory than GPipe: stage s holds at most S - s microbatches, however large M is. The bubble
     is the same: the first microbatch still needs S - 1 hops to the last stage, and the last
     gradient S - 1 hops back; 1F1B only reorders what lies between. (With slow links, S - s are too
-    few to cover the round trip, and GPipe is faster: up to where it matters that 1F1B uses both
-    directions at once.) PipeDream's order (SOSP 2019, section 3.2), and PipeDream-Flush's (2021).
+    few to cover the round trip, and GPipe is often faster.) It is PipeDream's order (SOSP 2019,
+    section 3.2); with a flush, PipeDream-Flush (ICML 2021, section 3.2), Megatron-LM's default.
 
     >>> print(format_rows(one_f_one_b(device, 2, 3) for device in range(2)))  # S=2, M=3
     GPU0: F0 F1 B0 F2 B1 B2
@@ -297,7 +297,7 @@ def simulate(
     goes_to = {step: device for step, device, op in needs if step[0] != op.stage}
     todo, events = [row[::-1] for row in schedule], list[Event]()  # todo: the next op is the last
     free_at: list[float] = [0 for _ in devices]
-    done, arrived = dict[Step, float](), dict[Step, float]()  # result -> when; -> at who needs it
+    done, arrived = dict[Step, float](), dict[Step, float]()  # result -> made; where it is needed
     while any(todo):
         num_before = len(events)
         for device in (*devices, *reversed(devices)):  # any order works: this one needs few rounds

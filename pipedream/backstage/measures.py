@@ -128,9 +128,8 @@ def idle_times(events: list[Event], links: Links) -> list[Idle]:
     """
     idle, last, over = [], {}, makespan(events)
     before, event_of = held_up(events, links), {event.op: event for event in events}
-    for event, previous, needed, message in dict.fromkeys(
-        deciding(dependencies(events, links)).values()
-    ):
+    waited = dict.fromkeys(deciding(dependencies(events, links)).values())  # of a pair one
+    for event, previous, needed, message in waited:
         device, free_at = event.device, previous.end if previous else 0
         ready_at = max(free_at, needed.end) if needed else free_at  # and then it has to travel
         waits = [("wait" if previous else "fill", free_at, ready_at, needed)]

@@ -46,10 +46,8 @@ KEYS = {
     "even": False,  # True: as many layers on each stage, whatever they cost
 }
 STATE_BYTES = {"adam": 8, "momentum": 4, "sgd": 0}  # per parameter, in fp32
-PRECISION = {
-    "bf16": (torch.bfloat16, 2, 4),
-    "fp32": (torch.float32, 4, 0),
-}  # bytes; of a copy in fp32
+# Of a weight: type, bytes, and bytes of a copy in fp32.
+PRECISION = {"bf16": (torch.bfloat16, 2, 4), "fp32": (torch.float32, 4, 0)}
 FIT_RULES: dict[str, Any] = {
     **{"gpus": (int, 1, 256), "memory": (float, 1, 1e18), "num_microbatches": (int, 1, 1024)},
     **dict.fromkeys(("microbatch_size", "sequence", "layers"), (int, 1, 10_000_000)),
@@ -115,7 +113,7 @@ def check_fit(config: dict) -> None:
 def bytes_per_parameter(config: dict) -> tuple[int, int, int]:
     """Of a weight, of its gradient, and of the optimizer's state."""
     _, weight, copy = PRECISION[config["precision"]]
-    gradient = 2 if config["gradients"] == "bf16" and weight == 2 else 4
+    gradient = PRECISION[config["gradients"]][1]
     return weight, gradient, copy + STATE_BYTES[config["optimizer"]]
 
 
@@ -175,7 +173,7 @@ def cut(
     numbered = dict(enumerate(layers))
     found = []
     for bounds in cuts:
-        spans = (range(*ends) for ends in pairwise([0, *bounds, len(layers)]))
+        spans = (range(*pair) for pair in pairwise([0, *bounds, len(layers)]))
         found.append([cost_of({n: numbered[n] for n in span}) for span in spans])
 
     def slowest(stages: list[StageCost]) -> int:
@@ -265,15 +263,12 @@ def way_of(name: str, settings: dict, config: dict, layers: list, ends: tuple) -
     plan = make_plan({**PLAN_CONFIG, **sizes, **settings})
     gpus = [sorted({op.stage for op in row}) for row in plan.schedule]
     stages = cut(config, layers, ends, gpus)
-    needs, times = dict[str, Need](), dict[str, float]()
+    needs = dict[str, Need]()
     for kind in RECOMPUTE:
         per_gpu = needs_of(plan, stages, kind, bytes_per_parameter(config))
         needs[kind] = max(per_gpu, key=lambda need: need.total)
-        same = kind == "stage"  # as long as per layer
-        times[kind] = (
-            times["layer"] if same else time_of_batch(plan, stages, kind != "none", config)
-        )
-    return Way(name, needs, times)
+    times = {kind: time_of_batch(plan, stages, kind != "none", config) for kind in RECOMPUTE[:2]}
+    return Way(name, needs, {**times, "stage": times["layer"]})  # that runs the same again
 
 
 def time_of_batch(plan: Plan, stages: list[StageCost], again: bool, config: dict) -> float:
@@ -362,14 +357,12 @@ def named(way: Way, kind: str) -> str:
 
 def describe_fastest(config: dict, fitting: list[tuple[Way, str]]) -> str:
     """Of two that are as fast, the one with fresh gradients; then the one that needs less."""
-    fitting = sorted(
-        fitting,
-        key=lambda each: (
-            round(each[0].times[each[1]], 2),
-            "pipedream" in each[0].name,
-            each[0].needs[each[1]].total,
-        ),
-    )
+
+    def rank(each: tuple[Way, str]) -> tuple[float, bool, float]:
+        way, kind = each
+        return round(way.times[kind], 2), "pipedream" in way.name, way.needs[kind].total
+
+    fitting = sorted(fitting, key=rank)
     best, kind = fitting[0]
     fresh = next((each for each in fitting if "pipedream" not in each[0].name), None)
     text = f"{named(best, kind)} is the fastest of these that fits{in_pytorch(best)}"

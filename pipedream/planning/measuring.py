@@ -5,7 +5,7 @@ without memory. Bytes are those of storages that exist; FLOPs come from PyTorch'
 kernels stand in where the CPU's keep something else, so the numbers are a GPU's. They agree with
 real runs on the CPU, with formulas and with published counts; no GPU has confirmed them yet.
 
-This is the only file that uses private modules of PyTorch. Tried: 2.13 and 2.14.1.
+It uses private modules of PyTorch (tried: 2.13 and 2.14.1), as only processes/engine.py does, too.
 """
 
 import contextlib
@@ -196,8 +196,8 @@ def check_layer(layer: Any) -> None:
 def count_weights(layer: nn.Module, counted, number: int) -> tuple[int, int, int, Storages]:
     """Its parameters, those of them that an earlier layer has too, which, and their memory."""
     sizes = {(w.untyped_storage(), w.storage_offset()): w.numel() for w in layer.parameters()}
-    first = {place: counted.get(place[0], {}).get(place[1], number) for place in sizes}
-    tied = {n: layer for (n, layer) in first.items() if layer < number}
+    owners = {place: counted.get(place[0], {}).get(place[1], number) for place in sizes}
+    tied = {place: owner for place, owner in owners.items() if owner < number}
     for memory, start in sizes:
         counted.setdefault(memory, {}).setdefault(start, number)
     there, memories = min(tied.values(), default=-1), Storages(memory for memory, _ in sizes)

@@ -121,9 +121,8 @@ def label(name: str) -> str:
     """A schedule's name; or a short one for a file, different from those of the schedules."""
     if name in LIBRARY:
         return name
-    stem = (
-        Path(name).stem.strip().encode("ascii", "replace").decode().replace("$", "?")[:16].strip()
-    )
+    ascii_stem = Path(name).stem.strip().encode("ascii", "replace").decode()
+    stem = ascii_stem[:16].strip().replace("$", "?")  # in a picture $ would begin a formula
     return f"{stem or 'file'}.csv" if stem in ("", *LIBRARY) else stem
 
 

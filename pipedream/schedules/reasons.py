@@ -25,10 +25,8 @@ def critical_path(plan: Plan) -> list[Event]:
     a busy link held that up, when the results before it have passed. There may be several such
     chains. Times must be rounded, so that ops that follow each other meet.
     """
-    waited, before = (
-        deciding(dependencies(plan.events, plan.links)),
-        held_up(plan.events, plan.links),
-    )
+    waited = deciding(dependencies(plan.events, plan.links))
+    before = held_up(plan.events, plan.links)
     event_of = {event.op: event for event in plan.events}
     event: Event | None = max(plan.events, key=lambda event: event.end)
     path = []
