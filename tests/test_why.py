@@ -422,6 +422,11 @@ def test_of_a_pair_each_op_is_told_with_the_other(tmp_path):
     lines = explain_moment(plan, 0, 7)
     assert lines[0].startswith("GPU0 runs F2 from t6 to t8.25.")
     assert "together with B0" in lines[1]
+    sizes_v = {"num_microbatches": 8, "layers_per_stage": 2, "num_batches": 2}
+    longer = plan_of(schedule="dualpipe-v", **sizes_v, comm_time=0.5, backward_time=2)
+    lines = explain_moment(longer, 3, 16)  # it waits for 5B2, the partner of F6
+    assert lines[0].startswith("GPU3 waits until t16.5: its next op, 4B2, needs 5B2 of GPU2.")
+    assert lines[1] == "GPU2 runs F6 until t16.5."
     plan = plan_of(**sizes, backward_time=[2, 0.25], comm_time=1, forward_time=[4, 1])
     (first, *_) = explain_moment(plan, 0, 8)  # B0 has come, and nothing is waited for
     assert first.startswith("GPU0 runs F2 from t8 to t14.")
