@@ -1,63 +1,92 @@
-"""Train your own model as a pipeline. Copy this file, and replace my_layers and my_batches.
-Loss and optimizer are in main; the loss must be the mean over a batch, as cross_entropy is.
+"""A model of your own, trained as a pipeline. Edit this file; pipeline.py beside it does the rest.
 
-torchrun --nproc-per-node 2 examples/my_model.py
+python examples/my_model.py --processes 2
+torchrun --nproc-per-node 2 examples/my_model.py --schedule zb-v --save checkpoints
+
+The example is a small causal transformer that learns the bytes of the README.
 """
 
-import os
 import sys
-from inspect import signature
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-NUM_MICROBATCHES = 8  # slices of a batch; at least as many as processes
-NUM_BATCHES = 20
+WIDTH, DEPTH, LENGTH, DROPOUT, IGNORED = 64, 4, 64, 0.1, -100
+BATCH, EVAL_BATCH = 32, 48  # sequences
+EVAL_EVERY, SAVE_EVERY = 50, 50  # steps
+CLIP, SEED = 1.0, 0  # the largest norm of the gradient; of first weights and dropout
+TEXT = torch.tensor([*Path(__file__).resolve().parents[1].joinpath("README.md").read_bytes()])
 
 
-def my_layers():
-    """Your model as a list: each layer takes the previous one's output, of a fixed shape."""
-    hidden = [nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(6)]
-    return [nn.Linear(2, 32), *hidden, nn.Linear(32, 2)]
+# Layers: each gets the tensor that the one before returns, and returns one of the same shape in
+# every step. The dimensions of x and y begin with the sequences of the batch.
 
 
-def my_batches():
-    """Your data. All batches have the same size, a multiple of NUM_MICROBATCHES."""
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(NUM_BATCHES):
-        x = torch.randn(64, 2, generator=generator)
-        yield x, (x[:, 0] * x[:, 1] > 0).long()  # the class says whether the signs are the same
+class Embed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token, self.place = nn.Embedding(256, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.dropout = nn.Dropout(DROPOUT)
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=0.1)  # small: one is the weight of the head, too
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.token(x) + self.place.weight[: x.shape[1]])
 
 
-def main():
-    if "RANK" not in os.environ:
-        sys.exit("start it as: torchrun --nproc-per-node 2 examples/my_model.py")
-    if "return_outputs" not in signature(Schedule1F1B.step).parameters:
-        sys.exit(f"torch {torch.__version__} is too old for this file, which needs 2.10 or newer")
-    gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    dist.init_process_group("nccl" if gpu else "gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(0)  # all processes begin with the same weights
-    layers = my_layers()
-    first, end = len(layers) * rank // size, len(layers) * (rank + 1) // size  # this rank's part
-    module = nn.Sequential(*layers[first:end]).to(device)
-    stage = PipelineStage(module, rank, size, device)
-    schedule = Schedule1F1B(stage, NUM_MICROBATCHES, loss_fn=cross_entropy)
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)  # of this rank's part
-    for number, (x, y) in enumerate(my_batches()):
-        losses = []  # of the microbatches; filled on the last stage
-        inputs = [x.to(device)] if rank == 0 else []
-        schedule.step(*inputs, target=y.to(device), losses=losses, return_outputs=False)
-        optimizer.step()
-        optimizer.zero_grad()
-        if rank == size - 1:
-            print(f"batch {number}: loss {torch.stack(losses).mean():.6f}", flush=True)
-    dist.destroy_process_group()
+class Block(nn.TransformerEncoderLayer):
+    def __init__(self):
+        super().__init__(WIDTH, 4, 4 * WIDTH, DROPOUT, batch_first=True, norm_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device)
+        return super().forward(x, mask, is_causal=True)
+
+
+def head() -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 256, bias=False))
+
+
+LAYERS = [Embed, *[Block] * DEPTH, head]  # functions: a process calls those of its own layers
+TIED = [((0, "token.weight"), (DEPTH + 1, "1.weight"))]  # parameters that are one: layer and name
+
+
+def my_batch(number: int, train: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, targets, and how many targets count. All processes must draw the same batch.
+
+    So it depends on the arguments alone, and a run that is resumed needs only its step.
+    """
+    generator = torch.Generator().manual_seed(2 * number + train)
+    text = TEXT.unfold(0, LENGTH + 1, LENGTH)  # pieces; each tenth one is for evaluation
+    tenth, rows = torch.arange(len(text)) % 10 == 0, BATCH if train else EVAL_BATCH
+    text = text[tenth ^ train]
+    pieces = text[torch.randint(len(text), (rows,), generator=generator)]
+    length = torch.randint(LENGTH // 4, LENGTH + 1, (rows, 1), generator=generator)
+    padding = torch.arange(LENGTH) >= length  # at the end, where no other token sees it
+    x, y = pieces[:, :-1].masked_fill(padding, 0), pieces[:, 1:].masked_fill(padding, IGNORED)
+    return x, y, (y != IGNORED).sum()
+
+
+def my_loss(output: Tensor, target: Tensor) -> Tensor:
+    """The sum over the targets that count. It will be divided by their number in the batch."""
+    output, target = output.flatten(0, 1), target.flatten()
+    return cross_entropy(output, target, ignore_index=IGNORED, reduction="sum")
+
+
+def my_optimizer(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    matrices = {"params": [weight for weight in weights if weight.ndim > 1]}
+    others = {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, others], lr=3e-3, weight_decay=0.01)
+
+
+def my_rate(step: int, steps: int) -> float:
+    """The factor of the learning rate: warmup, then decay."""
+    return min((step + 1) / 10, 1 - 0.9 * step / steps)
 
 
 if __name__ == "__main__":
-    main()
+    from pipeline import main
+
+    main(sys.modules[__name__])

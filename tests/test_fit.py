@@ -1,11 +1,13 @@
 """Does it fit? Memory and times from layers that are counted by hand, and what is refused."""
 
+import importlib.util
 import json
 import re
 from itertools import product
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 from torch.distributed.pipelining import schedules
 
@@ -229,9 +231,25 @@ def test_a_file_with_a_loss_counts_it(run, mine):
     assert f"{16 * WIDTH * WIDTH:,} parameters" in lossy.out
 
 
+def test_what_is_tied_counts_once(run, mine):
+    file = ROOT / "examples" / "my_model.py"
+    spec = importlib.util.spec_from_file_location("example", file)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    network = nn.ModuleList(make() for make in example.LAYERS)
+    network[-1][1].weight = network[0].token.weight
+    each = sum(weight.numel() for weight in network.parameters())  # PyTorch counts it once
+    assert f"{each:,} parameters" in run("fit", str(file), "--gpus", 2).out
+    three = FILE + "TIED = [((9, 'weight'), (2, 'weight'), (4, 'weight'))]\n"
+    assert f"{14 * WIDTH * WIDTH:,} parameters" in run("fit", mine(three), "--gpus", 2).out
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        (FILE + "TIED = [((0, 'weight'), (16, 'weight'))]\n", "TIED of .* names layer 16"),
+        (FILE + "TIED = [((0, 'weight'), (3, 'bias'))]\n", "layer 3 cannot be made.*bias"),
+        (FILE + "TIED = [((0, 'w'), (3, 'weight'))]\n", "layer 3 cannot be made.*w"),
         ("", "must have LAYERS"),
         ("LAYERS = 3\n", "must have LAYERS"),
         (FILE.replace("def my_batch", "def batch"), "must have LAYERS.*my_batch"),

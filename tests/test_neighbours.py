@@ -1,6 +1,5 @@
-"""The neighbours of pipelines on PyTorch's engines, and the file that a reader copies."""
+"""The neighbours of pipelines on PyTorch's engines."""
 
-import importlib.util
 import logging
 import os
 import re
@@ -10,10 +9,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from ranks import in_processes, run_neighbours, start_here, torchrun
+from ranks import in_processes, run_neighbours, start_here
 from reference import delayed_sgd
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 import pipedream_visual as visual
 from pipedream.commands import neighbours
@@ -22,38 +20,6 @@ from pipedream.networks.transformer import NUM_HEADS
 from pipedream.processes import ways
 from pipedream.processes.meter import Meter, activations_of_stages, measure
 from pipedream.processes.ways import HELD, JOBS, Job, formulas, full_config, with_blocks
-
-TEMPLATE = "torchrun --nproc-per-node 2 examples/my_model.py"
-
-
-def test_the_template_trains_as_one_process_does(monkeypatch, capfd):
-    torch.set_default_dtype(torch.float32)
-    monkeypatch.chdir(ROOT)
-    torchrun(TEMPLATE.removeprefix("torchrun "), monkeypatch)
-    output = capfd.readouterr().out
-    printed = [float(loss) for loss in re.findall(r"^batch \d+: loss (.*)$", output, re.M)]
-
-    spec = importlib.util.spec_from_file_location("my_model", ROOT / "examples" / "my_model.py")
-    template = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(template)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = nn.Sequential(*template.my_layers())
-    optimizer, losses = torch.optim.Adam(network.parameters(), lr=0.01), []
-    for x, y in template.my_batches():
-        loss = cross_entropy(network(x), y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert printed == pytest.approx(losses, abs=1e-4)
-    assert losses[-1] < 0.8 * losses[0]  # it learns
-    text = (ROOT / "examples" / "my_model.py").read_text()
-    assert TEMPLATE in text
-    assert TEMPLATE in (ROOT / "README.md").read_text()
-    assert text.count("\n") <= 63
-    assert not re.search(r"\b_[a-z]", text.replace("__", ""))  # public names only
-
 
 # ------------------------------------------------------------------------------ the neighbours
 

@@ -183,6 +183,10 @@ def prove(reports: list[Report], plan: Plan, device: torch.device) -> tuple[bool
     holds = all(in_order) and all(same_version) and same_peaks and close and off_loss < 1e-4
     exact = ", BUT FOR ROUNDING" if any([off_loss, *off]) else ", TO THE BIT"
     verdict = f"{'✅' if holds else '❌ NOT'} THE SAME AS pipedream_simple.py{exact * holds}"
+    end = itertools.chain(*(stage.values() for stage in alone.weights))
+    if not (all(map(math.isfinite, alone.losses)) and all(w.isfinite().all() for w in end)):
+        rate = f"learning_rate={config['learning_rate']:g}"
+        return False, f"❌ DIVERGED on one device, too ({rate}): nothing is compared"
     compared = "(the same)" if same_peaks else f"NOT {format_per_gpu(versions.peak)}"
     table = [
         ["operations in the order of the schedule", f"{sum(in_order)} of {len(in_order)}"],

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,7 +92,10 @@ class OwnLoss(nn.Module):
 
 
 def from_python(path: Path, config: dict) -> Model:
-    """LAYERS, functions that make a layer; my_batch(number, train=True) -> x, y, how many count."""
+    """LAYERS, functions that make a layer; my_batch(number, train=True) -> x, y, how many count.
+
+    Also, where it has them, my_loss(output, target) and TIED.
+    """
     name, module = str(path)[-200:], import_file(path)
     for key in ("sequence", "layers"):
         if config[key] is not None:
@@ -110,9 +113,34 @@ def from_python(path: Path, config: dict) -> Model:
         rule = f"num_microbatches={parts} must divide its {rows} rows, or give --microbatch_size"
         raise UserError(f"my_batch of {name}: {rule}")
     about = [f"{len(layers)} layers; microbatches of {size} x {(*x.shape[1:],)}"]
+    layers = tied_together(layers, getattr(module, "TIED", []), name)
     if loss := getattr(module, "my_loss", None):
         return Model(name, [*layers, lambda: OwnLoss(loss, y)], lambda: x, (0, 1), about)
     return Model(name, layers, lambda: x, (0, 0), [*about, "it has no my_loss: no loss is counted"])
+
+
+Tie = Sequence[tuple[int, str]]  # parameters that are one: layer and name
+
+
+def tied_together(layers: list[Callable[[], nn.Module]], ties: Sequence[Tie], file: str) -> list:
+    """The functions, such that layers that are made later share what is tied with the first."""
+    made: dict[int, nn.Module] = {}
+
+    def tied(place: int) -> nn.Module:
+        layer = made[place] = layers[place]()
+        for (first, name), *others in map(sorted, ties):
+            for other, own in others:
+                if other == place:
+                    path, _, leaf = own.rpartition(".")
+                    layer.get_parameter(own)  # it must have one
+                    setattr(layer.get_submodule(path), leaf, made[first].get_parameter(name))
+        return layer
+
+    places = {place for tie in ties for place, _ in tie}
+    if odd := places - {*range(len(layers))}:
+        raise UserError(f"TIED of {file} names layer {min(odd)}: there are {len(layers)}")
+    makers = enumerate(layers)
+    return [partial(tied, place) if place in places else make for place, make in makers]
 
 
 def import_file(path: Path) -> Any:

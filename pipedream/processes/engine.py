@@ -165,7 +165,8 @@ class VersionedStage(PipelineStage):
 class Recomputed(nn.Module):
     """The same module, which keeps only its input, and runs again when a backward needs the rest.
 
-    PyTorch's checkpoint does that, on the version that the forward read: the graph holds it.
+    PyTorch's checkpoint does that, on the version that the forward read: the graph holds it. The
+    state of the random generators is not kept: only right as no layer here draws from them.
     """
 
     def __init__(self, module: nn.Module):

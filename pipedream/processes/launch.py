@@ -72,8 +72,10 @@ def launch(num_ranks: int, timeout: float, command: list[str] | None = None) -> 
 def environment_of(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """What torchrun would tell a rank, and where the package is."""
     package = str(Path(pipedream.__file__).parents[1])  # python -m finds it from any folder
+    inherited = dict(os.environ)
+    inherited.pop("TORCH_DISTRIBUTED_DEBUG", None)  # DETAIL ends tensor parallel ranks by SIGSEGV
     return {
-        **{"OMP_NUM_THREADS": "1", **os.environ, "PIPEDREAM_LAUNCHED": "1"},
+        **{"OMP_NUM_THREADS": "1", **inherited, "PIPEDREAM_LAUNCHED": "1"},
         "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is not rank 0's
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},

@@ -189,7 +189,7 @@ def tensor_parallel(config: dict) -> Job:
 
 
 def pipeline_1f1b(config: dict) -> Job:
-    """What examples/my_model.py does."""
+    """PyTorch's engine, as examples/pipeline.py uses it."""
     rank, module = dist.get_rank(), make_network(config)[dist.get_rank()]
     stage = PipelineStage(module, rank, config["gpus"], torch.device("cpu"))
     engine = Schedule1F1B(stage, config["num_microbatches"], loss_fn=cross_entropy)

@@ -1,0 +1,398 @@
+"""Train the layers of my_model.py as a pipeline, on PyTorch's engines. Here is nothing to edit.
+
+Top to bottom: the cut, a step, evaluation, checkpoints, errors, main. The losses are those of one
+process, whatever the cut, the schedule and the number of processes. With dropout, too, as long as
+replicas * microbatches stays: its seed is made of the step, the microbatch and the layer.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+import time
+import traceback
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.distributed.run import main as torchrun
+from torch.utils.checkpoint import checkpoint
+
+ONE = {"1f1b": "1F1B", "gpipe": "GPipe"}  # stage per process; of the others, two or more
+SCHEDULES = ONE | {"interleaved": "Interleaved1F1B", "interleaved-zb": "InterleavedZeroBubble"}
+SCHEDULES |= {"looped-bfs": "LoopedBFS", "zb-v": "ZBVZeroBubble", "dualpipe-v": "DualPipeV"}
+LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+class UserError(Exception):
+    """What a reader can put right."""
+
+
+def seed(*what):
+    """From here on, random numbers depend on this alone: not on the process, nor on the past."""
+    torch.manual_seed(zlib.crc32(repr(what).encode()))
+
+
+# ---------------------------------------------------------------------------------- the cut
+
+
+class Stage(nn.Module):
+    """Some of the layers, under their places in the whole list."""
+
+    def __init__(self, model, places, args, device):
+        super().__init__()
+        self.layers, self.seed, self.args, self.tried = nn.ModuleDict(), model.SEED, args, False
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+        for place in places:
+            seed("weights", model.SEED, place)
+            self.layers[str(place)] = model.LAYERS[place]().to(device)
+
+    def forward(self, x, number):
+        """number: of the microbatch, so that each one has its own dropout."""
+        kept = [(buffer, buffer.clone()) for buffer in self.buffers() if not self.tried]
+        if x.requires_grad:
+            x.register_hook(torch.Tensor.contiguous)  # a gradient that is sent has to be
+        for place, layer in self.layers.items():
+            seed("dropout", self.seed, int(number), int(place))
+            again = self.args.recompute and self.training
+            try:
+                with self.autocast:
+                    x = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+            except Exception as error:
+                raise UserError(f"layer {place}: {type(error).__name__}: {error}") from error
+            if not isinstance(x, torch.Tensor):
+                raise UserError(f"layer {place} returns a {type(x).__name__}: want one tensor")
+        for buffer, value in kept:  # the engine's first call is a trial, on memory nobody wrote
+            buffer.data.copy_(value)
+        self.tried = True
+        if x.is_floating_point() and self.training and not x.requires_grad:
+            x.requires_grad_()  # of frozen layers: else zb-v would forget what comes behind them
+        return x.contiguous()
+
+
+class Pipeline:
+    """This process's stages, with their optimizer and engine."""
+
+    def __init__(self, model, args, device):
+        self.model, self.args, self.device, self.shape = model, args, device, None
+        layers, world, one = len(model.LAYERS), dist.get_world_size(), args.schedule in ONE
+        size = world // args.replicas
+        if world % args.replicas:
+            raise UserError(f"--replicas {args.replicas} must divide the {world} processes")
+        count, v = size if one else 2 * size, args.schedule.endswith("-v")  # a V comes back
+        cut = sorted({0, *(args.cut or [layers * stage // count for stage in range(count)])})
+        odd = len(cut) != count if one or v else len(cut) % size
+        if odd or cut[0] < 0 or cut[-1] >= layers:
+            takes = f"{'' if one or v else 'a multiple of '}{count if one or v else size} stages"
+            rule = f"--schedule {args.schedule} on {size} processes takes {takes}, none empty"
+            raise UserError(f"--cut {cut} of {layers} layers: {rule}")
+        self.last = len(cut) - 1
+        self.home = [min(s, self.last - s) if v else s % size for s in range(len(cut))]
+        spans = [range(*ends) for ends in zip(cut, [*cut[1:], layers], strict=True)]
+        homes = {place: self.home[s] for s, span in enumerate(spans) for place in span}
+
+        mesh = init_device_mesh(device.type, (args.replicas, size), mesh_dim_names=("data", "pipe"))
+        self.replica, self.here = mesh.get_local_rank("data"), mesh.get_local_rank("pipe")
+        self.data, pipe = mesh.get_group("data"), mesh.get_group("pipe")
+        self.rows = mesh.mesh.tolist()  # the processes of each replica
+        mine = [stage for stage, home in enumerate(self.home) if home == self.here]
+        check_layers(model, homes)
+        self.stages = {stage: Stage(model, spans[stage], args, device) for stage in mine}
+        self.tie(homes)
+        weights = [w for stage in self.stages.values() for w in stage.parameters()]
+        self.weights = [w for w in dict.fromkeys(weights) if w.requires_grad]
+        self.buffers = [b for stage in self.stages.values() for b in stage.buffers()]
+        for weight in self.weights:
+            weight.grad = torch.zeros_like(weight)
+        self.optimizer = model.my_optimizer(self.weights or [nn.Parameter(torch.zeros(0))])
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        stages = [PipelineStage(self.stages[s], s, len(cut), device, group=pipe) for s in mine]
+        make, stages = get_schedule_class(SCHEDULES[args.schedule]), stages[0] if one else stages
+        try:  # gradients stay sums: they are divided once, by what counts in the whole batch
+            self.engine = make(stages, args.microbatches, loss_fn=self.loss, scale_grads=False)
+        except ValueError as error:
+            flags = f"--schedule {args.schedule} --microbatches {args.microbatches}"
+            raise UserError(f"{flags}, {len(cut)} stages: {error}") from None
+
+    def tie(self, homes):
+        """What is tied: one parameter within a process, a group to add gradients across them."""
+        layers = {int(p): s.layers[p] for s in self.stages.values() for p in s.layers}
+        self.tied, self.copies = [], set()
+        for tie in self.model.TIED:
+            here = [(layers[place], name) for place, name in tie if place in layers]
+            for layer, name in here:
+                weight = here[0][0].get_parameter(here[0][1])
+                path, _, leaf = name.rpartition(".")
+                setattr(layer.get_submodule(path), leaf, weight)
+            where = [*dict.fromkeys(homes[place] for place, _ in tie)]
+            for row in self.rows if len(where) > 1 else []:
+                group = dist.new_group([row[home] for home in where])  # by all processes
+                if here and row == self.rows[self.replica]:
+                    dist.broadcast(weight.detach(), row[where[0]], group)
+                    self.tied += [(weight, group)] if weight.requires_grad else []
+                    self.copies |= {weight} if self.here != where[0] else set()
+
+    # ------------------------------------------------------------------------------- a step
+
+    def batch(self, number, train):
+        """What counts in the batch; this replica's rows: numbers of microbatches, x and y."""
+        x, y, count = self.model.my_batch(number, train)
+        content = [z.contiguous().view(torch.uint8).numpy().tobytes() for z in (x, y)]
+        sums = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self.device)
+        sums[dist.get_rank()] = zlib.crc32(b"".join(content)) + int(count)
+        dist.all_reduce(sums)
+        if odd := [rank for rank, other in enumerate(sums) if other != sums[0]]:
+            raise UserError(f"my_batch({number}, {train}) of processes {odd} is not that of 0")
+        slices = self.args.replicas * self.args.microbatches
+        self.shape = self.shape or x.shape
+        if train and (x.shape != self.shape or len(x) % slices):
+            rule = f"the same for all steps, rows a multiple of replicas * microbatches, {slices}"
+            raise UserError(f"my_batch({number}): x is {[*x.shape]}, must be {rule}")
+        numbers = torch.arange(slices) + slices * number
+        mine = [z.tensor_split(self.args.replicas)[self.replica] for z in (numbers, x, y)]
+        return max(1, int(count)), mine[0], *(z.to(self.device) for z in mine[1:])
+
+    def loss(self, output, target):
+        """my_loss of a microbatch; as a sum, it is twice as much for a row given twice."""
+        row, my_loss = (output[:1], target[:1]), self.model.my_loss
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+            loss, once = my_loss(output, target), my_loss(*row)
+            if abs(my_loss(*(torch.cat([z, z]) for z in row)) - 2 * once) > 0.1 * abs(once):
+                raise UserError("my_loss must be a sum: it is divided by what counts in the batch")
+        return loss
+
+    def train(self, step):
+        """What one process does with the whole batch; return the loss."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.model.my_rate(step, self.args.steps)
+        self.optimizer.zero_grad(set_to_none=False)
+        (count, numbers, x, y), losses = self.batch(step, train=True), []
+        inputs = [x] if 0 in self.stages else []
+        self.engine.step(*inputs, number=numbers, target=y, losses=losses, return_outputs=False)
+        for weight in self.weights:
+            dist.all_reduce(weight.grad.div_(count), group=self.data)
+        for weight, group in self.tied:
+            dist.all_reduce(weight.grad, group=group)
+        mine = [weight.grad for weight in self.weights if weight not in self.copies]
+        square = nn.utils.get_total_norm(mine).to(self.device) ** 2 / self.args.replicas
+        loss = sum(losses, torch.zeros_like(square)).detach() / count
+        both = torch.stack([loss, square])
+        dist.all_reduce(both)  # over stages and replicas
+        loss, norm = both[0].item(), both[1].sqrt()
+        if not both.isfinite().all():
+            raise UserError(f"step {step}: loss {loss}, norm of the gradient {norm:g}")
+        nn.utils.clip_grads_with_norm_(self.weights, self.model.CLIP, norm)
+        self.optimizer.step()
+        for buffer in self.buffers if self.args.replicas > 1 else []:
+            dist.broadcast(buffer, self.rows[0][self.here], self.data)  # as DDP does
+        return loss
+
+    # --------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(self):
+        """The loss of a batch of any size: forward only, stage after stage."""
+        count, _, *xy = self.batch(0, train=False)
+        loss, row = torch.zeros((), device=self.device), self.rows[self.replica]
+        for x, y in zip(*(z.tensor_split(self.args.microbatches) for z in xy), strict=True):
+            for number, stage in self.stages.items() if len(x) else ():
+                before, _, after = [self.here, *self.home, self.here][number : number + 3]
+                if before != self.here:
+                    dist.recv_object_list(box := [None], row[before])
+                    x = box[0].to(self.device)
+                x = stage.eval()(x, 0)
+                stage.train()
+                if after != self.here:
+                    dist.send_object_list([x.cpu()], row[after])
+                if number == self.last:
+                    loss += self.loss(x, y) / count
+        dist.all_reduce(loss)
+        return loss.item()
+
+    # -------------------------------------------------------------------------- checkpoints
+
+    def state(self, step):
+        """What a checkpoint holds, under the layers' places in the whole list."""
+        tensors = {"step": torch.tensor(step)}
+        for stage in self.stages.values():
+            tensors |= stage.layers.state_dict()
+        return tensors | {key: state[name] for key, state, name in self.moments()}
+
+    def moments(self):
+        """The optimizer's: key in a checkpoint, the dict that holds it, its name there."""
+        for stage in self.stages.values():
+            for place, weight in stage.layers.named_parameters(remove_duplicate=False):
+                for name in self.optimizer.state.get(weight, ()):
+                    yield f"optimizer.{place}.{name}", self.optimizer.state[weight], name
+
+    def save(self, step):
+        part, whole = self.args.save / "part", self.args.save / f"step{step:08d}"
+        metadata = dcp.save(self.state(step), checkpoint_id=part)  # waits for all processes
+        if dist.get_rank() == 0:
+            files = {info.relative_path for info in metadata.storage_data.values()}
+            if not all((part / file).exists() for file in files):
+                raise UserError(f"--save {part.parent} is not one folder for all machines")
+            part.rename(whole)  # now it counts, and those before it can go
+            for old in sorted(whole.parent.glob("step*"))[:-1]:
+                shutil.rmtree(old)
+            print(f"saved {whole}", flush=True)
+
+    def resume(self):
+        """Load the last checkpoint; the step to go on with."""
+        found = [max(self.args.resume.glob("step*"), default=None)]
+        dist.broadcast_object_list(found)
+        if not found[0]:
+            raise UserError(f"--resume {self.args.resume}: no checkpoint is there")
+        self.optimizer.step()  # makes the state to load into; the weights are loaded, too
+        tensors, keys = self.state(0), [None] * dist.get_world_size()
+        dist.all_gather_object(keys, {*tensors})
+        saved = {*dcp.FileSystemReader(found[0]).read_metadata().state_dict_metadata}
+        if odd := sorted(saved ^ set().union(*keys)):
+            raise UserError(f"--resume {found[0]} is of another model: {odd[0]} is only in one")
+        dcp.load(tensors, checkpoint_id=found[0])
+        for key, state, name in self.moments():
+            state[name] = tensors[key]  # where it is no tensor
+        return int(tensors["step"])
+
+
+def check_layers(model, homes):
+    """Refuse TIED with a wrong name, and what is shared across processes without it."""
+    layers, seen = [], {}
+    for place, make in enumerate(model.LAYERS):
+        if isinstance(make, nn.Module):
+            raise UserError(f"LAYERS[{place}] is a layer: it must be a function that makes one")
+        try:
+            with torch.device("meta"):  # without memory
+                layers.append(make())
+        except (RuntimeError, NotImplementedError):
+            layers.append(nn.Identity())  # it computes while it is made: nothing to see
+        for name, weight in layers[-1].named_parameters():
+            if homes[first := seen.setdefault(weight, place)] != homes[place]:
+                raise UserError(f"layers {first} and {place} share {name}: it must be in TIED")
+    ends = [end for tie in model.TIED for end in tie]
+    try:
+        for tie in model.TIED:
+            weights = [layers[place].get_parameter(name) for place, name in tie]
+            if len({(weight.shape, weight.requires_grad) for weight in weights}) > 1:
+                raise UserError(f"TIED: {tie} differ in shape, or only one is frozen")
+    except (AttributeError, IndexError) as error:
+        raise UserError(f"TIED: {tie}: {error}") from None
+    if len(ends) > len({*ends}):
+        raise UserError("TIED names a parameter twice: want all that are one in one line")
+
+
+# ---------------------------------------------------------------------------- errors, main
+
+
+def end(error, model):
+    """Say in a line what went wrong, and end this process; torchrun ends the others."""
+    errors = [error]
+    while errors[-1].__cause__:  # the engine wraps what a layer raises
+        errors.append(errors[-1].__cause__)
+    known, root = [each for each in errors if isinstance(each, UserError)], errors[-1]
+    if isinstance(root, dcp.CheckpointException):  # one for all processes
+        root = next(iter(root.failures.values()))[0]
+    frames = [f for f in traceback.extract_tb(root.__traceback__) if f.filename == model.__file__]
+    where = f"line {frames[-1].lineno} of {Path(model.__file__).name}: " if frames else ""
+    line = f"{where}{known[0] if known else f'{type(root).__name__}: {root}'}"
+    rank = int(os.environ.get("RANK", 0))
+    if "through the graph a second time" in line:
+        line += " (zb-v and interleaved-zb: is one weight used twice in a stage?)"
+    if "by peer" in line:
+        line = "lost another process"
+        time.sleep(3)  # it says why
+    time.sleep(rank > 0)  # where all make the same mistake, one says it
+    print(f"process {rank}: {' '.join(line.split())[:500]}", file=sys.stderr, flush=True)
+    os._exit(2 if known else 1)  # without waiting for the threads of gloo
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
+def refuse(line):
+    raise UserError(line)
+
+
+def main(model):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.error, add = refuse, parser.add_argument
+    add("--processes", type=positive, help="start so many on this machine (2), without torchrun")
+    add("--cut", type=int, nargs="+", help="the first layer of each stage (as many in each)")
+    add("--schedule", choices=SCHEDULES, default="1f1b")
+    add("--microbatches", type=positive, default=8, help="of each replica's batch (8)")
+    add("--replicas", type=positive, default=1, help="pipelines that share the batch")
+    add("--recompute", action="store_true", help="keep only what goes into layers")
+    add("--bf16", action="store_true")
+    add("--steps", type=positive, default=200, help="of the whole run (200)")
+    add("--until", type=positive, metavar="STEP", help="save and stop there")
+    add("--save", type=Path, metavar="DIR", help="every SAVE_EVERY steps and at the end")
+    add("--resume", type=Path, metavar="DIR", help="go on from the last step saved there")
+    try:
+        args = parser.parse_args()
+        if args.until and not args.save:
+            raise UserError("--until needs --save")
+        logging.disable()  # where a process fails, PyTorch would print the whole schedule
+        if os.environ.keys() >= LAUNCHED:
+            run(model, args)
+        else:
+            start(args.processes or 2)
+    except (KeyboardInterrupt, SignalException):
+        os._exit(130)
+    except (Exception, dcp.CheckpointException) as error:
+        end(error, model)
+
+
+def start(processes):
+    """What torchrun does, with one line where a process fails instead of forty."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    flags = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
+    try:
+        torchrun([*flags, *sys.argv])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"process {rank} was ended by signal {-failure.exitcode}", file=sys.stderr)
+        sys.exit(max(1, failure.exitcode))
+
+
+def run(model, args):
+    """Train in one of the processes that torchrun has started; return the losses."""
+    world, parent = int(os.environ["WORLD_SIZE"]), os.getppid()
+    if args.processes not in (None, world):
+        raise UserError(f"--processes {args.processes}: torchrun has started {world}")
+    if args.save and args.save != args.resume and [*args.save.glob("step*")]:
+        raise UserError(f"--save {args.save} holds another run: --resume it, or take a new folder")
+    device = torch.device("cpu")
+    if gpu := torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpu else "gloo")
+    pipeline, losses = Pipeline(model, args, device), []
+    say = print if dist.get_rank() == 0 else lambda *_, **__: None
+    first, stop = pipeline.resume() if args.resume else 0, min(args.until or args.steps, args.steps)
+    if first >= stop:
+        say(f"nothing to do: {args.resume} holds step {first} of {stop}")
+    for step in range(first, stop):
+        if os.getppid() != parent:
+            raise UserError("what has started the processes is gone")
+        losses.append(pipeline.train(step))
+        say(f"step {step}: loss {losses[-1]:.6f}", flush=True)
+        if (step + 1) % model.EVAL_EVERY == 0:
+            losses.append(pipeline.evaluate())
+            say(f"evaluation: loss {losses[-1]:.6f}", flush=True)
+        if args.save and ((step + 1) % model.SAVE_EVERY == 0 or step + 1 == stop):
+            pipeline.save(step + 1)
+    dist.destroy_process_group()
+    return losses
