@@ -112,6 +112,9 @@ def test_the_file_has_the_layers_and_the_planner_cuts_them(run, measured, tmp_pa
     )
     status, out, err = run("plan", file, "--gpus", 3, "--bandwidth", 1e9, "--straight")
     assert (status, err, out.splitlines()[0]) == (0, "", "Plan: 1-1-1")
+    stages = best_partition(layers, [3], [1e9], straight=True).stages
+    firsts = " ".join(str(stage.first) for stage in stages)
+    assert out.splitlines()[-1] == f"--processes 3 --cut {firsts}"
 
 
 @pytest.mark.parametrize("network", ["residual", "transformer"])

@@ -60,6 +60,10 @@ def main(
         print(textwrap.fill(describe_run(partition, simulate_partition(partition, layers)), 80))
     except UserError as error:
         print(f"Not simulated: {error}.")
+    if straight and len(partition.stages) > 1:
+        firsts = " ".join(str(stage.first) for stage in partition.stages)
+        print("\nIf these are the LAYERS of your my_model.py, train them so:")
+        print(f"--processes {len(partition.stages)} --cut {firsts}")
 
 
 def format_partition(partition: Partition, layers: list[Layer]) -> str:
