@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 import zlib
@@ -236,11 +237,8 @@ class Pipeline:
 
     def save(self, step):
         part, whole = self.args.save / "part", self.args.save / f"step{step:08d}"
-        metadata = dcp.save(self.state(step), checkpoint_id=part)  # waits for all processes
+        dcp.save(self.state(step), checkpoint_id=part)  # waits for all processes
         if dist.get_rank() == 0:
-            files = {info.relative_path for info in metadata.storage_data.values()}
-            if not all((part / file).exists() for file in files):
-                raise UserError(f"--save {part.parent} is not one folder for all machines")
             part.rename(whole)  # now it counts, and those before it can go
             for old in sorted(whole.parent.glob("step*"))[:-1]:
                 shutil.rmtree(old)
@@ -262,6 +260,24 @@ class Pipeline:
         for key, state, name in self.moments():
             state[name] = tensors[key]  # where it is no tensor
         return int(tensors["step"])
+
+
+def check_machines(model, args):
+    """Refuse other flags, another model or another folder on one of several machines."""
+    given, marks, seen = ([None] * dist.get_world_size() for _ in range(3))
+    dist.all_gather_object(given, {**vars(args), "my_model.py": Path(model.__file__).read_bytes()})
+    for rank, other in enumerate(given):
+        if odd := [key for key in other if other[key] != given[0][key]]:
+            raise UserError(f"processes 0 and {rank} were started with different {odd[0]}")
+    if args.save:
+        if args.save != args.resume and [*args.save.glob("step*")]:
+            raise UserError(f"--save {args.save} holds another run: take a new folder, or --resume")
+        args.save.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=args.save) as mark:
+            dist.all_gather_object(marks, mark.name)
+            dist.all_gather_object(seen, all(Path(mark).exists() for mark in marks))
+        if not all(seen):
+            raise UserError(f"--save {args.save} is not one folder for all machines")
 
 
 def check_layers(model, homes):
@@ -307,7 +323,7 @@ def end(error, model):
     rank = int(os.environ.get("RANK", 0))
     if "through the graph a second time" in line:
         line += " (zb-v and interleaved-zb: is one weight used twice in a stage?)"
-    if "by peer" in line:
+    if "by peer" in line or "pair.cc" in line:  # as gloo says it
         line = "lost another process"
         time.sleep(3)  # it says why
     time.sleep(rank > 0)  # where all make the same mistake, one says it
@@ -327,16 +343,16 @@ def refuse(line):
 
 def main(model):
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.error, add = refuse, parser.add_argument
-    add("--processes", type=positive, help="start so many on this machine (2), without torchrun")
-    add("--cut", type=int, nargs="+", help="the first layer of each stage (as many in each)")
-    add("--schedule", choices=SCHEDULES, default="1f1b")
-    add("--microbatches", type=positive, default=8, help="of each replica's batch (8)")
-    add("--replicas", type=positive, default=1, help="pipelines that share the batch")
-    add("--recompute", action="store_true", help="keep only what goes into layers")
-    add("--bf16", action="store_true")
-    add("--steps", type=positive, default=200, help="of the whole run (200)")
-    add("--until", type=positive, metavar="STEP", help="save and stop there")
+    parser.error, add, some = refuse, parser.add_argument, {"type": positive, "metavar": "N"}
+    add("--processes", **some, help="start N processes here, without torchrun (2)")
+    add("--cut", type=int, nargs="+", metavar="LAYER", help="the first layer of each stage")
+    add("--schedule", choices=SCHEDULES, default="1f1b", metavar="NAME", help=", ".join(SCHEDULES))
+    add("--microbatches", **some, default=8, help="of each replica's batch (8)")
+    add("--replicas", **some, default=1, help="pipelines that share each batch (1)")
+    add("--recompute", action="store_true", help="keep inputs of layers only, and run them again")
+    add("--bf16", action="store_true", help="compute in bfloat16, as torch.autocast does")
+    add("--steps", **some, default=200, help="batches of the whole run (200)")
+    add("--until", **some, help="save after N steps, and stop")
     add("--save", type=Path, metavar="DIR", help="every SAVE_EVERY steps and at the end")
     add("--resume", type=Path, metavar="DIR", help="go on from the last step saved there")
     try:
@@ -357,6 +373,7 @@ def main(model):
 def start(processes):
     """What torchrun does, with one line where a process fails instead of forty."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    print(f"starting {processes} processes", flush=True)
     flags = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
     try:
         torchrun([*flags, *sys.argv])
@@ -372,13 +389,12 @@ def run(model, args):
     world, parent = int(os.environ["WORLD_SIZE"]), os.getppid()
     if args.processes not in (None, world):
         raise UserError(f"--processes {args.processes}: torchrun has started {world}")
-    if args.save and args.save != args.resume and [*args.save.glob("step*")]:
-        raise UserError(f"--save {args.save} holds another run: --resume it, or take a new folder")
     device = torch.device("cpu")
     if gpu := torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo")
+    check_machines(model, args)
     pipeline, losses = Pipeline(model, args, device), []
     say = print if dist.get_rank() == 0 else lambda *_, **__: None
     first, stop = pipeline.resume() if args.resume else 0, min(args.until or args.steps, args.steps)
