@@ -17,7 +17,7 @@ WIDTH, DEPTH, LENGTH, DROPOUT, IGNORED = 64, 4, 64, 0.1, -100
 BATCH, EVAL_BATCH = 32, 48  # sequences
 EVAL_EVERY, SAVE_EVERY = 50, 50  # steps
 CLIP, SEED = 1.0, 0  # the largest norm of the gradient; of first weights and dropout
-TEXT = torch.tensor([*Path(__file__).resolve().parents[1].joinpath("README.md").read_bytes()])
+README = Path(__file__).resolve().parents[1] / "README.md"  # or any text
 
 
 # Layers: each gets the tensor that the one before returns, and returns one of the same shape in
@@ -49,7 +49,8 @@ def head() -> nn.Module:
     return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 256, bias=False))
 
 
-LAYERS = [Embed, *[Block] * DEPTH, head]  # functions: a process calls those of its own layers
+# Functions: a process makes its own layers only, so what they make must not depend on the others.
+LAYERS = [Embed, *[Block] * DEPTH, head]
 TIED = [((0, "token.weight"), (DEPTH + 1, "1.weight"))]  # parameters that are one: layer and name
 
 
@@ -59,7 +60,8 @@ def my_batch(number: int, train: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     So it depends on the arguments alone, and a run that is resumed needs only its step.
     """
     generator = torch.Generator().manual_seed(2 * number + train)
-    text = TEXT.unfold(0, LENGTH + 1, LENGTH)  # pieces; each tenth one is for evaluation
+    text = torch.tensor([*README.read_bytes()])
+    text = text.unfold(0, LENGTH + 1, LENGTH)  # pieces; each tenth one is for evaluation
     tenth, rows = torch.arange(len(text)) % 10 == 0, BATCH if train else EVAL_BATCH
     text = text[tenth ^ train]
     pieces = text[torch.randint(len(text), (rows,), generator=generator)]

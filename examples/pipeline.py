@@ -2,20 +2,25 @@
 
 Top to bottom: the cut, a step, evaluation, checkpoints, errors, main. The losses are those of one
 process, whatever the cut, the schedule and the number of processes. With dropout, too, as long as
-replicas * microbatches stays: its seed is made of the step, the microbatch and the layer.
+replicas * microbatches stays: its seed is made of the step, the microbatch and the layer. (A weight
+that gets no gradient counts as one whose gradient is zero.)
 """
 
 import argparse
 import logging
 import os
+import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import traceback
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -40,7 +45,30 @@ class UserError(Exception):
 
 def seed(*what):
     """From here on, random numbers depend on this alone: not on the process, nor on the past."""
-    torch.manual_seed(zlib.crc32(repr(what).encode()))
+    number = zlib.crc32(repr(what).encode())
+    for generator in (torch.manual_seed, np.random.seed, random.seed):
+        generator(number)
+
+
+class Forgotten:
+    """What the module notes in its buffers in here, such as averages, is forgotten."""
+
+    def __init__(self, module):
+        self.parts = [*module.modules()]
+
+    def __enter__(self):
+        buffers = [(part, *named) for part in self.parts for named in part.named_buffers("", False)]
+        self.kept = [(part, name, buffer, buffer.clone()) for part, name, buffer in buffers]
+
+    def __exit__(self, *_):
+        for part, name, buffer, value in self.kept:
+            buffer.data = value
+            setattr(part, name, buffer)
+
+
+def run_layer(layer, x, *what):
+    seed(*what)
+    return layer(x)
 
 
 # ---------------------------------------------------------------------------------- the cut
@@ -55,26 +83,29 @@ class Stage(nn.Module):
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
         for place in places:
             seed("weights", model.SEED, place)
-            self.layers[str(place)] = model.LAYERS[place]().to(device)
+            self.layers[str(place)] = model.LAYERS[place]().to(device).train()
 
     def forward(self, x, number):
         """number: of the microbatch, so that each one has its own dropout."""
-        kept = [(buffer, buffer.clone()) for buffer in self.buffers() if not self.tried]
+        if not self.tried:  # the engine's first call: to see shapes, on memory that nobody wrote
+            self.tried = True
+            with Forgotten(self):
+                return self(torch.zeros_like(x, requires_grad=x.requires_grad), number)
+        x = x.clone()  # x is the engine's; this one a layer may change
         if x.requires_grad:
             x.register_hook(torch.Tensor.contiguous)  # a gradient that is sent has to be
         for place, layer in self.layers.items():
-            seed("dropout", self.seed, int(number), int(place))
-            again = self.args.recompute and self.training
+            what = layer, x, "dropout", self.seed, int(number), int(place)
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            again["context_fn"] = lambda layer=layer: (nullcontext(), Forgotten(layer))
             try:
                 with self.autocast:
-                    x = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+                    recompute = self.args.recompute and self.training
+                    x = checkpoint(run_layer, *what, **again) if recompute else run_layer(*what)
             except Exception as error:
                 raise UserError(f"layer {place}: {type(error).__name__}: {error}") from error
             if not isinstance(x, torch.Tensor):
                 raise UserError(f"layer {place} returns a {type(x).__name__}: want one tensor")
-        for buffer, value in kept:  # the engine's first call is a trial, on memory nobody wrote
-            buffer.data.copy_(value)
-        self.tried = True
         if x.is_floating_point() and self.training and not x.requires_grad:
             x.requires_grad_()  # of frozen layers: else zb-v would forget what comes behind them
         return x.contiguous()
@@ -111,7 +142,7 @@ class Pipeline:
         self.tie(homes)
         weights = [w for stage in self.stages.values() for w in stage.parameters()]
         self.weights = [w for w in dict.fromkeys(weights) if w.requires_grad]
-        self.buffers = [b for stage in self.stages.values() for b in stage.buffers()]
+        self.checked = False  # my_loss is a sum
         for weight in self.weights:
             weight.grad = torch.zeros_like(weight)
         self.optimizer = model.my_optimizer(self.weights or [nn.Parameter(torch.zeros(0))])
@@ -131,9 +162,11 @@ class Pipeline:
         for tie in self.model.TIED:
             here = [(layers[place], name) for place, name in tie if place in layers]
             for layer, name in here:
-                weight = here[0][0].get_parameter(here[0][1])
-                path, _, leaf = name.rpartition(".")
-                setattr(layer.get_submodule(path), leaf, weight)
+                weight, old = here[0][0].get_parameter(here[0][1]), layer.get_parameter(name)
+                for part in layer.modules():
+                    for leaf, each in [*part.named_parameters("", False, False)]:
+                        if each is old:
+                            setattr(part, leaf, weight)
             where = [*dict.fromkeys(homes[place] for place, _ in tie)]
             for row in self.rows if len(where) > 1 else []:
                 group = dist.new_group([row[home] for home in where])  # by all processes
@@ -147,9 +180,11 @@ class Pipeline:
     def batch(self, number, train):
         """What counts in the batch; this replica's rows: numbers of microbatches, x and y."""
         x, y, count = self.model.my_batch(number, train)
-        content = [z.contiguous().view(torch.uint8).numpy().tobytes() for z in (x, y)]
+        if not all(isinstance(z, torch.Tensor) and z.ndim for z in (x, y)) or len(x) != len(y):
+            raise UserError("my_batch must return two tensors of as many rows, and what counts")
+        content = [z.cpu().contiguous().view(torch.uint8).numpy().tobytes() for z in (x, y)]
         sums = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self.device)
-        sums[dist.get_rank()] = zlib.crc32(b"".join(content)) + int(count)
+        sums[dist.get_rank()] = zlib.crc32(b"".join([*content, repr(float(count)).encode()]))
         dist.all_reduce(sums)
         if odd := [rank for rank, other in enumerate(sums) if other != sums[0]]:
             raise UserError(f"my_batch({number}, {train}) of processes {odd} is not that of 0")
@@ -160,15 +195,20 @@ class Pipeline:
             raise UserError(f"my_batch({number}): x is {[*x.shape]}, must be {rule}")
         numbers = torch.arange(slices) + slices * number
         mine = [z.tensor_split(self.args.replicas)[self.replica] for z in (numbers, x, y)]
-        return max(1, int(count)), mine[0], *(z.to(self.device) for z in mine[1:])
+        return float(count) or 1.0, mine[0], *(z.to(self.device) for z in mine[1:])
 
     def loss(self, output, target):
         """my_loss of a microbatch; as a sum, it is twice as much for a row given twice."""
         row, my_loss = (output[:1], target[:1]), self.model.my_loss
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-            loss, once = my_loss(output, target), my_loss(*row)
-            if abs(my_loss(*(torch.cat([z, z]) for z in row)) - 2 * once) > 0.1 * abs(once):
-                raise UserError("my_loss must be a sum: it is divided by what counts in the batch")
+            loss = my_loss(output, target)
+            number = isinstance(loss, torch.Tensor) and loss.ndim == 0
+            if not number or loss.requires_grad != output.requires_grad:
+                raise UserError("my_loss must return one number with a gradient: a sum")
+            if not self.checked and output.isfinite().all():
+                one, two = my_loss(*row), my_loss(*(torch.cat([z, z]) for z in row))
+                if not abs(two - 2 * one) <= 0.1 * abs(one):  # it may be NaN
+                    raise UserError("my_loss must be a sum: it is divided by what counts")
         return loss
 
     def train(self, step):
@@ -179,6 +219,7 @@ class Pipeline:
         (count, numbers, x, y), losses = self.batch(step, train=True), []
         inputs = [x] if 0 in self.stages else []
         self.engine.step(*inputs, number=numbers, target=y, losses=losses, return_outputs=False)
+        self.checked = True
         for weight in self.weights:
             dist.all_reduce(weight.grad.div_(count), group=self.data)
         for weight, group in self.tied:
@@ -186,15 +227,16 @@ class Pipeline:
         mine = [weight.grad for weight in self.weights if weight not in self.copies]
         square = nn.utils.get_total_norm(mine).to(self.device) ** 2 / self.args.replicas
         loss = sum(losses, torch.zeros_like(square)).detach() / count
-        both = torch.stack([loss, square])
+        both = torch.stack([loss.double(), square.double()])
         dist.all_reduce(both)  # over stages and replicas
         loss, norm = both[0].item(), both[1].sqrt()
         if not both.isfinite().all():
             raise UserError(f"step {step}: loss {loss}, norm of the gradient {norm:g}")
         nn.utils.clip_grads_with_norm_(self.weights, self.model.CLIP, norm)
         self.optimizer.step()
-        for buffer in self.buffers if self.args.replicas > 1 else []:
-            dist.broadcast(buffer, self.rows[0][self.here], self.data)  # as DDP does
+        for stage in self.stages.values() if self.args.replicas > 1 else []:
+            for buffer in stage.buffers():  # of the first replica, as DDP does
+                dist.broadcast(buffer, self.rows[0][self.here], self.data)
         return loss
 
     # --------------------------------------------------------------------------- evaluation
@@ -223,7 +265,7 @@ class Pipeline:
 
     def state(self, step):
         """What a checkpoint holds, under the layers' places in the whole list."""
-        tensors = {"step": torch.tensor(step)}
+        tensors = {"step": torch.tensor(step), f"TIED {self.model.TIED}": torch.tensor(0)}
         for stage in self.stages.values():
             tensors |= stage.layers.state_dict()
         return tensors | {key: state[name] for key, state, name in self.moments()}
@@ -269,6 +311,10 @@ def check_machines(model, args):
     for rank, other in enumerate(given):
         if odd := [key for key in other if other[key] != given[0][key]]:
             raise UserError(f"processes 0 and {rank} were started with different {odd[0]}")
+    for key in ("EVAL_EVERY", "SAVE_EVERY", "CLIP"):
+        value = getattr(model, key)
+        if not (isinstance(value, (int, float)) and value > 0):
+            raise UserError(f"{key}={value} must be a number above 0 (inf: never)")
     if args.save:
         if args.save != args.resume and [*args.save.glob("step*")]:
             raise UserError(f"--save {args.save} holds another run: take a new folder, or --resume")
@@ -289,8 +335,8 @@ def check_layers(model, homes):
         try:
             with torch.device("meta"):  # without memory
                 layers.append(make())
-        except (RuntimeError, NotImplementedError):
-            layers.append(nn.Identity())  # it computes while it is made: nothing to see
+        except Exception:
+            layers.append(make())  # it computes while it is made
         for name, weight in layers[-1].named_parameters():
             if homes[first := seen.setdefault(weight, place)] != homes[place]:
                 raise UserError(f"layers {first} and {place} share {name}: it must be in TIED")
@@ -298,8 +344,8 @@ def check_layers(model, homes):
     try:
         for tie in model.TIED:
             weights = [layers[place].get_parameter(name) for place, name in tie]
-            if len({(weight.shape, weight.requires_grad) for weight in weights}) > 1:
-                raise UserError(f"TIED: {tie} differ in shape, or only one is frozen")
+            if len({(w.shape, w.dtype, w.requires_grad) for w in weights}) > 1:
+                raise UserError(f"TIED: {tie} differ in shape or dtype, or only one is frozen")
     except (AttributeError, IndexError) as error:
         raise UserError(f"TIED: {tie}: {error}") from None
     if len(ends) > len({*ends}):
@@ -361,6 +407,7 @@ def main(model):
             raise UserError("--until needs --save")
         logging.disable()  # where a process fails, PyTorch would print the whole schedule
         if os.environ.keys() >= LAUNCHED:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback
             run(model, args)
         else:
             start(args.processes or 2)

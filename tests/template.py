@@ -4,10 +4,12 @@ import contextlib
 import importlib.util
 import logging
 import os
+import random
 import sys
 import zlib
 from argparse import Namespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from conftest import ROOT
@@ -42,6 +44,55 @@ class Again(nn.Module):
         return x + torch.tanh(x * self.weight.mean(0))
 
 
+class Luck(nn.Module):
+    """Dropout with the generators of Python and NumPy."""
+
+    def forward(self, x):
+        return x * random.random() + np.random.rand() if self.training else x
+
+
+class Single(nn.Linear):
+    """In float32, among layers in float64."""
+
+    def __init__(self):
+        super().__init__(SMALL["WIDTH"], SMALL["WIDTH"], dtype=torch.float32)
+
+    def forward(self, x):
+        return super().forward(x.float()).double()
+
+
+class Average(nn.Module):
+    """Assigns a buffer, instead of changing it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return x + self.mean
+
+
+class Counted(nn.Tanh):
+    """Counts in Python how often it has run."""
+
+    runs = 0
+
+    def forward(self, x):
+        Counted.runs += 1
+        return super().forward(x)
+
+
+class WithNumber(torch.optim.SGD):
+    """Its state is a number, which divides the step."""
+
+    def step(self):
+        for weight in self.param_groups[0]["params"]:
+            number = self.state[weight]["number"] = self.state[weight].get("number", 0) + 1
+            weight.data -= self.param_groups[0]["lr"] / number * weight.grad
+
+
 def frozen(make):
     return lambda: make().requires_grad_(False)
 
@@ -59,7 +110,7 @@ def load(change=None):
     return model
 
 
-def plain(change=None, steps=3, slices=None):
+def plain(change=None, steps=3, slices=None, bf16=False):
     """The losses of one process without a pipeline, evaluation included.
 
     slices: how many microbatches have a dropout of their own; None: the whole batch at once.
@@ -76,31 +127,40 @@ def plain(change=None, steps=3, slices=None):
         for k, part in enumerate(x.tensor_split(slices) if slices else [x]):
             for place, layer in enumerate(layers):
                 if slices:
-                    what = ("dropout", model.SEED, slices * number + k, place)
-                    torch.manual_seed(zlib.crc32(repr(what).encode()))
+                    seed("dropout", model.SEED, slices * number + k, place)
                 part = layer.train(train)(part)
             outputs.append(part)
         return cross_entropy(torch.cat(outputs).flatten(0, 1), y.flatten(), ignore_index=-100)
 
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+
     for step in range(steps):
         optimizer.zero_grad()
-        loss = loss_of(step, True)
+        with autocast:
+            loss = loss_of(step, True)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, model.CLIP)
         optimizer.step()
         rate.step()
         losses.append(loss.item())
         if (step + 1) % model.EVAL_EVERY == 0:
-            with torch.no_grad():
+            with torch.no_grad(), autocast:
                 losses.append(loss_of(0, False).item())
     return losses
+
+
+def seed(*what):
+    number = zlib.crc32(repr(what).encode())
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
 
 
 def made(model):
     """Its layers with their first weights, tied."""
     layers = []
     for place, make in enumerate(model.LAYERS):
-        torch.manual_seed(zlib.crc32(repr(("weights", model.SEED, place)).encode()))
+        seed("weights", model.SEED, place)
         layers.append(make())
     for (first, name), *others in model.TIED:
         for place, other in others:
