@@ -71,6 +71,13 @@ def run_layer(layer, x, *what):
     return layer(x)
 
 
+def run_twice(layer, x, *what):
+    """The same, but it keeps only x, and runs again in the backward: as before, seed included."""
+    settings = {"use_reentrant": False, "preserve_rng_state": False}
+    settings["context_fn"] = lambda: (nullcontext(), Forgotten(layer))
+    return checkpoint(run_layer, layer, x, *what, **settings)
+
+
 # ---------------------------------------------------------------------------------- the cut
 
 
@@ -94,14 +101,11 @@ class Stage(nn.Module):
         x = x.clone()  # x is the engine's; this one a layer may change
         if x.requires_grad:
             x.register_hook(torch.Tensor.contiguous)  # a gradient that is sent has to be
+        run = run_twice if self.args.recompute and self.training else run_layer
         for place, layer in self.layers.items():
-            what = layer, x, "dropout", self.seed, int(number), int(place)
-            again = {"use_reentrant": False, "preserve_rng_state": False}
-            again["context_fn"] = lambda layer=layer: (nullcontext(), Forgotten(layer))
             try:
                 with self.autocast:
-                    recompute = self.args.recompute and self.training
-                    x = checkpoint(run_layer, *what, **again) if recompute else run_layer(*what)
+                    x = run(layer, x, "dropout", self.seed, int(number), int(place))
             except Exception as error:
                 raise UserError(f"layer {place}: {type(error).__name__}: {error}") from error
             if not isinstance(x, torch.Tensor):
@@ -111,27 +115,34 @@ class Stage(nn.Module):
         return x.contiguous()
 
 
+def cut_into_stages(layers, size, args):
+    """Of each stage: its layers, and its process among the size that make a pipeline."""
+    one, v = args.schedule in ONE, args.schedule.endswith("-v")
+    count = size if one else 2 * size
+    cut = sorted({0, *(args.cut or [layers * stage // count for stage in range(count)])})
+    odd = len(cut) != count if one or v else len(cut) % size
+    if odd or cut[0] < 0 or cut[-1] >= layers:
+        takes = f"{count} stages" if one or v else f"a multiple of {size} stages"
+        rule = f"--schedule {args.schedule} on {size} processes takes {takes}, none empty"
+        raise UserError(f"--cut {cut} of {layers} layers: {rule}")
+    spans = [range(*ends) for ends in zip(cut, [*cut[1:], layers], strict=True)]
+    last = (
+        len(cut) - 1
+    )  # a V comes back over the same processes; the others start again at the first
+    return spans, [min(s, last - s) if v else s % size for s in range(len(cut))]
+
+
 class Pipeline:
     """This process's stages, with their optimizer and engine."""
 
     def __init__(self, model, args, device):
         self.model, self.args, self.device, self.shape = model, args, device, None
-        layers, world, one = len(model.LAYERS), dist.get_world_size(), args.schedule in ONE
-        size = world // args.replicas
+        world, one = dist.get_world_size(), args.schedule in ONE
         if world % args.replicas:
             raise UserError(f"--replicas {args.replicas} must divide the {world} processes")
-        count, v = size if one else 2 * size, args.schedule.endswith("-v")  # a V comes back
-        cut = sorted({0, *(args.cut or [layers * stage // count for stage in range(count)])})
-        odd = len(cut) != count if one or v else len(cut) % size
-        if odd or cut[0] < 0 or cut[-1] >= layers:
-            takes = f"{'' if one or v else 'a multiple of '}{count if one or v else size} stages"
-            rule = f"--schedule {args.schedule} on {size} processes takes {takes}, none empty"
-            raise UserError(f"--cut {cut} of {layers} layers: {rule}")
-        self.last = len(cut) - 1
-        self.home = [min(s, self.last - s) if v else s % size for s in range(len(cut))]
-        spans = [range(*ends) for ends in zip(cut, [*cut[1:], layers], strict=True)]
-        homes = {place: self.home[s] for s, span in enumerate(spans) for place in span}
-
+        size = world // args.replicas
+        spans, self.home = cut_into_stages(len(model.LAYERS), size, args)
+        homes = {place: home for home, span in zip(self.home, spans, strict=True) for place in span}
         mesh = init_device_mesh(device.type, (args.replicas, size), mesh_dim_names=("data", "pipe"))
         self.replica, self.here = mesh.get_local_rank("data"), mesh.get_local_rank("pipe")
         self.data, pipe = mesh.get_group("data"), mesh.get_group("pipe")
@@ -145,15 +156,16 @@ class Pipeline:
         self.checked = False  # my_loss is a sum
         for weight in self.weights:
             weight.grad = torch.zeros_like(weight)
-        self.optimizer = model.my_optimizer(self.weights or [nn.Parameter(torch.zeros(0))])
+        some = self.weights or [nn.Parameter(torch.zeros(0))]  # an optimizer needs one
+        self.optimizer = model.my_optimizer(some)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        stages = [PipelineStage(self.stages[s], s, len(cut), device, group=pipe) for s in mine]
+        stages = [PipelineStage(self.stages[s], s, len(spans), device, group=pipe) for s in mine]
         make, stages = get_schedule_class(SCHEDULES[args.schedule]), stages[0] if one else stages
         try:  # gradients stay sums: they are divided once, by what counts in the whole batch
             self.engine = make(stages, args.microbatches, loss_fn=self.loss, scale_grads=False)
         except ValueError as error:
             flags = f"--schedule {args.schedule} --microbatches {args.microbatches}"
-            raise UserError(f"{flags}, {len(cut)} stages: {error}") from None
+            raise UserError(f"{flags}, {len(spans)} stages: {error}") from None
 
     def tie(self, homes):
         """What is tied: one parameter within a process, a group to add gradients across them."""
@@ -256,7 +268,7 @@ class Pipeline:
                 stage.train()
                 if after != self.here:
                     dist.send_object_list([x.cpu()], row[after])
-                if number == self.last:
+                if number == len(self.home) - 1:
                     loss += self.loss(x, y) / count
         dist.all_reduce(loss)
         return loss.item()
