@@ -40,7 +40,7 @@ CHANGES = {
     "dropout": "model.DROPOUT = 0.2\nmodel.LAYERS[2] = Luck\n"
     "model.LAYERS[3] = lambda: model.Block().eval()",
     "in place": "model.LAYERS[4] = lambda: nn.ReLU(inplace=True)",
-    "two dtypes": "model.LAYERS[1] = Single; model.LAYERS[6] = nn.Tanh",
+    "two dtypes": "model.LAYERS[4:] = [Single] * 3 + [lambda: Single(256)]; model.TIED = []",
     "sgd": "model.my_optimizer = lambda weights: torch.optim.SGD(weights, 0.1, momentum=0.9)",
 }
 
