@@ -54,8 +54,8 @@ class Luck(nn.Module):
 class Single(nn.Linear):
     """In float32, among layers in float64."""
 
-    def __init__(self, out=SMALL["WIDTH"]):
-        super().__init__(SMALL["WIDTH"], out, dtype=torch.float32)
+    def __init__(self):
+        super().__init__(SMALL["WIDTH"], SMALL["WIDTH"], dtype=torch.float32)
 
     def forward(self, x):
         return super().forward(x.float()).double()

@@ -40,7 +40,7 @@ CHANGES = {
     "dropout": "model.DROPOUT = 0.2\nmodel.LAYERS[2] = Luck\n"
     "model.LAYERS[3] = lambda: model.Block().eval()",
     "in place": "model.LAYERS[4] = lambda: nn.ReLU(inplace=True)",
-    "two dtypes": "model.LAYERS[4:] = [Single] * 3 + [lambda: Single(256)]; model.TIED = []",
+    "two dtypes": "model.LAYERS[2:5] = [Single] * 3",  # of three processes, one has no other
     "sgd": "model.my_optimizer = lambda weights: torch.optim.SGD(weights, 0.1, momentum=0.9)",
 }
 
@@ -56,6 +56,8 @@ def cases(processes):
     for change in CHANGES if processes == 2 else ():
         yield {"schedule": "1f1b", **same}, change
         yield {"schedule": "zb-v", **same}, change
+    if processes == 3:
+        yield same, "two dtypes"
     yield {"schedule": "1f1b", "microbatches": 12}, "untied"  # more of them: no accumulation
     yield {"schedule": "gpipe", "microbatches": 1}, ""
     cut = {1: [], 2: [1], 3: [2, 3], 4: [0, 1, 2, 7]}[processes]
