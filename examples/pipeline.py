@@ -3,7 +3,7 @@
 Top to bottom: the cut, a step, evaluation, checkpoints, errors, main. The losses are those of one
 process, whatever the cut, the schedule and the number of processes. With dropout, too, as long as
 replicas * microbatches stays: its seed is made of the step, the microbatch and the layer. (A weight
-that gets no gradient counts as one whose gradient is zero.)
+that gets no gradient counts as one whose gradient is zero; a batch norm sees one microbatch.)
 """
 
 import argparse
@@ -33,7 +33,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.distributed.run import main as torchrun
 from torch.utils.checkpoint import checkpoint
 
-ONE = {"1f1b": "1F1B", "gpipe": "GPipe"}  # stage per process; of the others, two or more
+ONE = {"1f1b": "1F1B", "gpipe": "GPipe"}  # with one stage per process; the others have several
 SCHEDULES = ONE | {"interleaved": "Interleaved1F1B", "interleaved-zb": "InterleavedZeroBubble"}
 SCHEDULES |= {"looped-bfs": "LoopedBFS", "zb-v": "ZBVZeroBubble", "dualpipe-v": "DualPipeV"}
 LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -316,8 +316,8 @@ class Pipeline:
         return int(tensors["step"])
 
 
-def check_machines(model, args):
-    """Refuse other flags, another model or another folder on one of several machines."""
+def check_run(model, args):
+    """Refuse numbers that are not above 0, and machines that do not have the same in hand."""
     given, marks, seen = ([None] * dist.get_world_size() for _ in range(3))
     dist.all_gather_object(given, {**vars(args), "my_model.py": Path(model.__file__).read_bytes()})
     for rank, other in enumerate(given):
@@ -453,7 +453,7 @@ def run(model, args):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo")
-    check_machines(model, args)
+    check_run(model, args)
     pipeline, losses = Pipeline(model, args, device), []
     say = print if dist.get_rank() == 0 else lambda *_, **__: None
     first, stop = pipeline.resume() if args.resume else 0, min(args.until or args.steps, args.steps)

@@ -44,6 +44,17 @@ class Again(nn.Module):
         return x + torch.tanh(x * self.weight.mean(0))
 
 
+class Alias(Again):
+    """Has that weight under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.same = nn.ParameterList([self.weight])
+
+    def forward(self, x):
+        return super().forward(x) + self.same[0].mean(0)
+
+
 class Luck(nn.Module):
     """Dropout with the generators of Python and NumPy."""
 

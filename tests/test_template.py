@@ -17,6 +17,8 @@ from ranks import in_processes, torchrun
 from template import plain, work
 from torch import nn
 
+from pipedream.commands.fit import PYTORCH
+
 EXAMPLES = ROOT / "examples"
 BY_HAND = "python examples/my_model.py --processes 2"
 TORCHRUN = "torchrun --nproc-per-node 2 examples/my_model.py"
@@ -84,6 +86,17 @@ def test_losses_are_those_of_one_process_without_a_pipeline(processes):
             slices = flags["microbatches"] * flags.get("replicas", 1)
             exact = 1e-6 if change == "two dtypes" else 1e-12
             assert losses == pytest.approx(expected(change, slices), abs=exact), (flags, change)
+
+
+def test_a_tied_weight_with_two_names_in_its_layer_stays_one_wherever_it_is_cut():
+    change = CHANGES["three are one"].replace("Again", "Alias")
+    alone, both = (in_processes(number, work, [({}, change)])[0][0] for number in (1, 2))
+    assert alone == pytest.approx(both, abs=1e-12)
+
+
+def test_the_template_and_fit_name_the_same_classes_of_pytorch():
+    names = template.pipeline.SCHEDULES
+    assert names == {name: PYTORCH[name] for name in names}
 
 
 def test_bf16_is_autocast_of_layers_and_loss():
