@@ -46,8 +46,10 @@ class UserError(Exception):
 def seed(*what):
     """From here on, random numbers depend on this alone: not on the process, nor on the past."""
     number = zlib.crc32(repr(what).encode())
-    for generator in (torch.manual_seed, np.random.seed, random.seed):
+    for generator in (torch.default_generator.manual_seed, np.random.seed, random.seed):
         generator(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(number)  # (torch.manual_seed also asks all other kinds: 0.2 ms)
 
 
 class Forgotten:
