@@ -12,8 +12,16 @@ from torch import nn
 from torch.distributed.pipelining import schedules
 
 from pipedream.commands import fit
-from pipedream.commands.fit import KEYS, StageCost, check_fit, cut, fullest_moment, parameters_on
+from pipedream.commands.fit import KEYS, Costs, check_fit
 from pipedream.planning.families import PRESETS
+from pipedream.planning.layouts import (
+    NO_PIPELINE,
+    Layout,
+    StageCost,
+    cut,
+    fullest_moment,
+    parameters_on,
+)
 from pipedream.planning.measuring import Activations, all_parameters, measure_layers
 from pipedream.planning.models import load_model
 from pipedream.schedules.plans import PLAN_CONFIG, make_plan
@@ -34,7 +42,7 @@ def table_of(out):
     found = {}
     for line in out.splitlines():
         name, *cells = re.split("  +", line.strip())
-        if name in fit.PYTORCH and len(cells) == 6:
+        if name in [*fit.PYTORCH, NO_PIPELINE] and len(cells) == 6:
             pytorch, time, *sizes, again = cells
             sizes = [float(size.rstrip("+")) for size in sizes]
             found[name] = pytorch, float(time), sizes, float(again)
@@ -127,7 +135,7 @@ def test_the_whole_of_a_model_is_in_its_stages_whatever_the_cut():
     assert all_parameters(layers) == 1_235_814_400  # its head's matrix is the embedding's
     for number, even in product((1, 2, 4, 16), (True, False)):
         gpus = [[stage] for stage in range(number)]
-        stages = cut({**KEYS, "even": even}, layers, model.ends, gpus)
+        stages = cut(layers, model.ends, gpus, even)
         assert len(stages) == number
         # The tied matrix is on both ends of a pipeline, and once where one GPU has both.
         tied = 128_256 * 2048 * (number > 1)
@@ -143,9 +151,7 @@ def test_an_uneven_cut_is_at_least_as_fast_as_an_even_one():
     layers = measure_layers(model.layers, model.input, torch.bfloat16)
     one_each = [[stage] for stage in range(8)]
     slowest = [
-        max(
-            sum(s.flops.values()) for s in cut({**KEYS, "even": even}, layers, model.ends, one_each)
-        )
+        max(sum(s.flops.values()) for s in cut(layers, model.ends, one_each, even))
         for even in (True, False)
     ]
     assert slowest[0] > 1.1 * slowest[1]
@@ -181,8 +187,110 @@ def test_recompute_per_layer_fits_where_nothing_did(run):
         none, layer, _ = table_of(out)["1f1b"][2]
         assert none > 80 > layer
         assert layer == pytest.approx(published, rel=0.05)
-        assert "is the fastest of these that fits" in out
-        assert "recompute per layer" in out
+
+
+# ------------------------------------------------------------------------------------- groups
+
+
+def test_replicas_share_the_batch_and_the_rest_of_the_gpus_are_stages(run, mine):
+    """Time and activations of a pipeline with so many stages, and that part of the microbatches."""
+    alone = run("fit", mine(), "--gpus", 4, "--num_microbatches", 8, "--machine", 4).out
+    flags = "--gpus 16 --num_microbatches 16 --replicas 2 --tensor 2"
+    groups = run("fit", mine(), *flags.split(), "--microbatch_size", ROWS).out
+    assert [row[1] for row in table_of(alone).values()] == [
+        row[1] for row in table_of(groups).values()
+    ]
+    assert "2 replicas, 8 microbatches each:" in groups
+
+
+@pytest.fixture
+def costs(mine, tmp_path, monkeypatch):
+    """costs(model, key=value): Costs of the reader's file, or of that model."""
+    monkeypatch.chdir(tmp_path)
+    return lambda model=None, **keys: Costs({**KEYS, **keys}, model or mine())
+
+
+def test_zero_divides_what_figure_1_of_its_paper_says(costs, mine):
+    """7.5 billion parameters, Adam in mixed precision, 64 GPUs: Rajbhandari et al. (SC 2020)."""
+    pair = "[lambda: nn.Linear(2500, 4000, bias=False), lambda: nn.Linear(4000, 2500, bias=False)]"
+    head, _, tail = FILE.partition(f"[lambda: nn.Linear({WIDTH}, {WIDTH}, bias=False)] * 16")
+    text = f"{head}{pair} * 375{tail}".replace(f", {WIDTH})", ", 2500)")
+    large = costs(mine(text), gradients="bf16", microbatch_size=1)
+    assert all_parameters(large.layers(32)) == 7.5e9
+    needs = [large.way("1f1b", Layout(64, 1, 1, z, 64, 32)).needs["none"] for z in range(4)]
+    state = [need.weights + need.gradients + need.optimizer for need in needs]
+    assert [f"{each / 1e9:.1f}" for each in state] == ["120.0", "31.4", "16.6", "1.9"]
+
+
+def test_tensor_parallelism_divides_all_that_a_gpu_holds(costs):
+    llama = costs("llama-2-7b")
+    whole = llama.way("1f1b", Layout(1, 1, 2, 0, 8, 32))
+    split = llama.way("1f1b", Layout(1, 8, 2, 0, 8, 32))
+    for kind, need in whole.needs.items():
+        assert split.needs[kind][1:] == pytest.approx([each / 8 for each in need[1:]])
+    assert split.times == whole.times
+
+
+def test_stages_of_zero_divide_in_order_and_versions_of_weights_only_in_the_third(costs):
+    own, D = costs(), 4  # noqa: N806
+    found = [own.way("pipedream 2019", Layout(D, 1, 2, zero, 8, 32)) for zero in range(4)]
+    none, *zeros = [way.needs["none"] for way in found]
+    divided = ["optimizer", "gradients", "weights"]
+    for stage, need in enumerate(zeros, 1):
+        for name in divided:
+            part = D if name in divided[:stage] else 1
+            assert getattr(need, name) == pytest.approx(getattr(none, name) / part)
+        assert need.stash == none.stash / (D if stage == 3 else 1) > 0
+        assert need[5:] == none[5:]
+
+
+def test_only_the_first_stage_of_zero_divides_between_machines():
+    assert [Layout(16, 1, 1, zero, 8, 32).shards for zero in range(4)] == [1, 16, 8, 8]
+    assert Layout(16, 2, 1, 3, 8, 32).shards == 4  # two GPUs of a machine share a layer
+    assert Layout(6, 1, 1, 3, 8, 32).shards == 6
+    assert Layout(12, 1, 1, 3, 8, 32).shards == 4  # in the second machine there are four
+    assert Layout(12, 8, 1, 3, 8, 32).shards == 1
+
+
+# ------------------------------------------------------------------------------ what a GPU sends
+
+
+@pytest.mark.parametrize(
+    ("zero", "machine", "of_gradients", "of_weights"),
+    [
+        (0, 8, 2 * 3 / 4, 0),  # an all-reduce, in a ring of four
+        (1, 8, 3 / 4, 3 / 4),
+        (2, 8, 8 * 3 / 4, 3 / 4),  # eight microbatches
+        (3, 8, 8 * 3 / 4, 2 * 8 * 3 / 4),
+        (3, 2, 8 / 2 + 1 / 2, 2 * 8 / 2),  # two machines: an all-reduce of half of the gradients
+    ],
+)
+def test_replicas_send_what_rings_send(costs, zero, machine, of_gradients, of_weights):
+    way = costs(precision="fp32").way("1f1b", Layout(4, 1, 1, zero, machine, 32))
+    size = 4 * 16 * WIDTH**2
+    assert way.sent["none"] == pytest.approx([(of_gradients + of_weights) * size, 0, 0])
+
+
+def test_tensor_parallelism_sends_four_all_reduces_of_each_block(costs):
+    """Megatron-LM: two forward, two backward; with recompute, two more forward."""
+    way = costs("llama-2-7b").way("1f1b", Layout(2, 8, 1, 0, 8, 32))
+    ring, activation, blocks, microbatches = 2 * 7 / 8, 2 * 4096 * 4096, 32, 16
+    assert way.sent["none"][1:] == [4 * ring * activation * blocks * microbatches, 0]
+    assert way.sent["layer"][1] == 1.5 * way.sent["none"][1]
+
+
+@pytest.mark.parametrize("schedule", [*LIBRARY][1:])
+def test_a_pipeline_sends_the_messages_that_are_simulated(costs, schedule):
+    """Counted on the links. All layers send as much; a GPU in the middle sends most."""
+    sizes = {"num_stages": 4, "num_microbatches": 8, "batch_size": 8, "num_batches": 1}
+    sizes |= {"layers_per_stage": 2, "chunks_per_gpu": 2}
+    plan = make_plan({**PLAN_CONFIG, **sizes, "schedule": schedule})
+    messages = [0] * 4
+    for (sender, _), link in plan.links.items():
+        messages[sender] += len(link)
+    name = "pipedream 2019" if schedule == "pipedream" else schedule
+    way = costs(precision="fp32").way(name, Layout(2, 1, 4, 0, 8, 16))
+    assert way.sent["none"][2] == max(messages) * 4 * (8 * ROWS // 16) * WIDTH
 
 
 # ------------------------------------------------------------------------------- what it says
@@ -201,7 +309,7 @@ def test_the_headline_names_the_model_its_parameters_and_what_was_changed(run):
 def test_every_preset_has_an_answer_in_80_columns(run, model):
     out = run("fit", model, "--gpus", 16, "--num_microbatches", 8).out
     assert max(map(len, out.splitlines())) <= 80
-    assert re.search(r"is the fastest of these that fits|Nothing fits", out)
+    assert len(re.findall("^Answer: ", out, re.M)) == 1
     assert len(table_of(out)) >= 6  # some need more microbatches, or layers
 
 
@@ -211,13 +319,27 @@ def test_pytorch_has_the_classes_that_are_named():
     assert {name.split()[0] for name in fit.PYTORCH} == {*LIBRARY} - {"naive"}
 
 
-def test_advice_on_one_gpu_and_where_nothing_fits(run):
-    assert "It fits on one GPU: no pipeline." in run("fit", "llama-3.2-1b", "--gpus", 1).out
+def test_where_nothing_fits_it_says_what_would_do(run):
     out = run("fit", "--gpus", 1).out
-    assert "Nothing fits." in out
-    assert "Use more GPUs" in " ".join(out.split())
-    out = run("fit", "--gpus", 2, "--memory", 40e9, "--microbatch_size", 64).out
-    assert "smaller microbatches" in " ".join(out.split())
+    least, gpus = re.search(
+        r"nothing fits. It takes (\S+) GB .* (\d+) GPUs would\s+do", out, re.S
+    ).groups()
+    assert float(least) == min(table_of(out)[NO_PIPELINE][2])
+    assert "Answer: nothing fits" not in run("fit", "--gpus", gpus).out
+    more = float(least) * 1e9 + 1e8
+    assert "recompute per layer. GPU0" in run("fit", "--gpus", 1, "--memory", more).out
+    assert "Not even 256\n   GPUs would do" in run("fit", "--gpus", 1, "--memory", 1e8).out
+    out = run("fit", "--gpus", 2, "--replicas", 2).out  # these groups do not fit, others do
+    assert "1 to 4. As given: 2 replicas.\nAnswer: nothing fits. Without --replicas" in out
+
+
+def test_a_batch_that_replicas_cannot_share_is_told(run, mine):
+    out = run("fit", mine(), "--gpus", 5).out
+    assert "5. Which schedule?" in out  # five stages are possible
+    out = " ".join(run("fit", mine(), "--gpus", 19).out.split())
+    assert "No pipeline over all GPUs: 16 layers cannot be cut into 19 stages." in out
+    assert "would do, but 32 microbatches are no multiple of 19 replicas" in out
+    assert out.endswith("It would, with a multiple of 19 as num_microbatches.")
 
 
 # ---------------------------------------------------------------------------- the reader's file
@@ -274,7 +396,9 @@ def test_a_file_that_cannot_be_measured_gets_one_line(run, mine, text, words):
 @pytest.mark.parametrize(
     "flags",
     [
-        *("nope", "none.json", "none.py", "--gpus 0", "--gpus 64", "--gpus 257", "--layers 0"),
+        *("nope", "none.json", "none.py", "--gpus 0", "--gpus 257", "--layers 0", "--machine 0"),
+        *("--replicas 3", "--tensor 3", "--zero 1", "--zero 4 --replicas 2", "--gpus 64 --zero 3"),
+        *("--replicas 8 --num_microbatches 12", "--gpus 96 --tensor 3", "--gpus 80 --replicas 2"),
         *(
             "--sequence -1",
             "--memory nan",
@@ -285,7 +409,7 @@ def test_a_file_that_cannot_be_measured_gets_one_line(run, mine, text, words):
         *("--microbatch_size 0", "--num_microbatches 2000", "--even maybe", "--model llama-2-7b"),
         *("mine.py --layers 3", "mine.py --sequence 3", "mine.py --num_microbatches 7"),
         *("gpt2.json --sequence 4096", "list.json", "broken.json", "other.json", "deep.json"),
-        *("--layers 2 --gpus 5 --even True", "--precision fp32 --gradients bf16"),
+        *("--layers 2 --gpus 10 --even True --replicas 2", "--precision fp32 --gradients bf16"),
         "--sequence 10000000 --microbatch_size 10000000",
     ],
 )

@@ -107,6 +107,7 @@ PRESETS = {  # the models' own config.json; arXiv 2307.09288 (Llama 2), 2407.217
     for name, *values in (
         ("llama-3.2-1b", "llama", 16, 2048, 32, 8, 8192, 128_256, 131_072, True),
         ("llama-2-7b", "llama", 32, 4096, 32, 32, 11_008, 32_000, 4096, False),
+        ("llama-2-13b", "llama", 40, 5120, 40, 40, 13_824, 32_000, 4096, False),
         ("llama-3-8b", "llama", 32, 4096, 32, 8, 14_336, 128_256, 8192, False),
         ("qwen3-8b", "qwen3", 36, 4096, 32, 8, 12_288, 151_936, 40_960, False),  # 2505.09388
         ("gemma-2-9b", "gemma2", 42, 3584, 16, 8, 14_336, 256_000, 8192, True),  # 2408.00118
@@ -124,6 +125,7 @@ class PublicModel(NamedTuple):
     layers: list[Callable[[], nn.Module]]  # embedding, blocks, head; one function for equal blocks
     vocabulary: int
     hidden_size: int
+    heads: int  # of attention
     blocks: int
     positions: int  # learned, or as many as it was made for
     sequence: int  # tokens
@@ -150,7 +152,7 @@ def read_model(config: dict, sequence: int | None = None) -> PublicModel:
     first = min(n.first_sparse if n.experts else n.blocks, n.blocks)
     blocks = [dense] * first + [sparse] * (n.blocks - first)
     layers: list[Any] = [partial(TokenEmbedding, n), *blocks, partial(LanguageHead, n)]
-    sizes = n.vocabulary, n.hidden, n.blocks, n.positions, sequence
+    sizes = n.vocabulary, n.hidden, n.heads, n.blocks, n.positions, sequence
     return PublicModel(n.kind, layers, *sizes, n.tied, notes)
 
 

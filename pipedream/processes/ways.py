@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
 
+from pipedream.backstage.sent import sent_in_layers, sent_to_replicas
 from pipedream.networks.transformer import NUM_HEADS
 from pipedream.processes.engine import VersionedStage, make_engine
 from pipedream.schedules.plans import PLAN_CONFIG, make_plan
@@ -288,17 +289,18 @@ def formulas(config: dict, activations: PerGPU | None = None) -> dict[str, dict[
     tokens = 64 if config["network"] == "transformer" else 1
     cut = 8 * config["batch_size"] * size * tokens  # activations of a batch between two layers
     split = 1 - 1 / gpus
-    ring, shard, part = 2 * split, w / gpus, saved / gpus
+    shard, part = w / gpus, saved / gpus
+    data, *zero = (sent_to_replicas(gpus, stage, w, w) for stage in range(4))
     # A bias after a row-wise split is whole. Of the activations, q, k, v, what attention makes of
     # them, and the inside of the MLP are split (Korthikanti et al., 2022).
     rest = w - split * 8 * depth * (6 * size**2 + 4 * size)
     tensor = saved - split * 5 * depth * cut
     alike: dict[str, list[float]] = {
-        "data parallel": [ring * w, w, w, states * w, part],
-        "ZeRO stage 1": [ring * w, w, w, states * shard, part],
-        "ZeRO stage 2": [ring * w, w, shard, states * shard, part],
-        "ZeRO stage 3": [1.5 * ring * w, shard, shard, states * shard, part],
-        "tensor parallel": [4 * depth * ring * cut, rest, rest, states * rest, tensor],
+        "data parallel": [data, w, w, states * w, part],
+        "ZeRO stage 1": [zero[0], w, w, states * shard, part],
+        "ZeRO stage 2": [zero[1], w, shard, states * shard, part],
+        "ZeRO stage 3": [zero[2], shard, shard, states * shard, part],
+        "tensor parallel": [sent_in_layers(gpus, depth * cut), rest, rest, states * rest, tensor],
     }
     rows = {way: [[number] * gpus for number in row] for way, row in alike.items()}
     after = [gpus - 1 - stage for stage in range(gpus)]  # stages that follow

@@ -1,0 +1,87 @@
+"""How long does a step take, with which schedule and which cut? Simulated with measured times."""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+from pipedream.schedules.plans import PLAN_CONFIG, make_plan, run_rows
+from pipedream_simple import Op, UserError
+
+from .profiles import Layer, sent_after
+from .search import best_partition
+
+ONE_EACH = "1f1b", "gpipe"  # with one stage per GPU; with two:
+TWO_EACH = "interleaved", "looped-bfs", "zb-v", "interleaved-zb", "dualpipe-v"
+
+
+class Step(NamedTuple):
+    """A step of training: all microbatches of a batch, and the update."""
+
+    schedule: str
+    firsts: list[int]  # the first layer of each stage
+    seconds: float
+
+
+def possible_steps(
+    layers: list[Layer], gpus: int, num_microbatches: int, bandwidth: float | None = None
+) -> tuple[list[Step], list[str]]:
+    """With each schedule of examples/pipeline.py, the simpler ones first; and reasons why not.
+
+    The cut is that of best_partition. bandwidth: bytes per second, both directions together; None:
+    messages take what was measured.
+    """
+    rate = bandwidth or measured_rate(layers)
+    steps, reasons = list[Step](), list[str]()
+    for name in (*ONE_EACH, *TWO_EACH):
+        number = gpus if name in ONE_EACH else 2 * gpus
+        try:
+            stages = best_partition(layers, [number], [rate], straight=True).stages
+            firsts = [stage.first for stage in stages]
+            seconds = time_step(layers, firsts, name, gpus, num_microbatches, bandwidth)
+            steps.append(Step(name, firsts, seconds))
+        except UserError as error:
+            reasons.append(f"{name} is left out: {error}".replace("num_stages", "gpus"))
+    return steps, reasons
+
+
+def measured_rate(layers: list[Layer]) -> float:
+    """Bytes per second, both directions together, of the largest message. UserError: unknown."""
+    if layers[0].message is None:
+        raise UserError("the profile has no message_ms: give --bandwidth, in bytes per second")
+    largest = max(layers[:-1], key=lambda layer: layer.activation, default=layers[0])
+    return 2 * largest.activation / largest.message if largest.message else 1e18
+
+
+def time_step(
+    layers: list[Layer],
+    firsts: list[int],
+    schedule: str,
+    gpus: int,
+    num_microbatches: int,
+    bandwidth: float | None = None,
+) -> float:
+    """Seconds, with stages that begin with these layers.
+
+    As in examples/pipeline.py all GPUs wait for each other before the update, since clipping needs
+    the norm of all gradients.
+    """
+    spans = [layers[first:end] for first, end in pairwise([*firsts, len(layers)])]
+    times: dict[str, list[float]] = {kind: [0.0] * len(spans) for kind in "FBIWU"}
+    for stage, span in enumerate(spans):
+        for layer in span:
+            w = layer.backward / 2 if layer.weight_gradient is None else layer.weight_gradient
+            costs = layer.forward, layer.backward, layer.backward - w, w, layer.update
+            for kind, seconds in zip("FBIWU", costs, strict=True):
+                times[kind][stage] += seconds
+    ends = [span[-1] for span in spans]
+
+    def sends(op: Op) -> float:
+        """A gradient goes back through the cut in front of its stage."""
+        layer = ends[op.stage - (op.kind != "F")]
+        return 2 * sent_after(layer) / bandwidth if bandwidth else layer.message or 0.0
+
+    sizes = {"num_stages": gpus, "layers_per_stage": 2, "chunks_per_gpu": 2, "num_batches": 1}
+    sizes |= {"num_microbatches": num_microbatches, "batch_size": num_microbatches}
+    plan = make_plan({**PLAN_CONFIG, "schedule": schedule, **sizes})
+    events, _ = run_rows(plan.schedule, plan.config, plan.pairs, times, sends)
+    updates = (sum(times["U"][s] for s in {op.stage for op in row}) for row in plan.schedule)
+    return max(event.end for event in events if event.op.kind != "U") + max(updates)
