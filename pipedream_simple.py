@@ -746,8 +746,8 @@ def check_value(key: str, value: Any, rule: Any) -> None:
     else:
         kind, least, most = rule
         items = value if kind is list and isinstance(value, list) else [value]
-        types = int if kind is int else (int, float)  # a bool is an int, too, but not a number here
-        numbers = (isinstance(x, types) and not isinstance(x, bool) for x in items)
+        types = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+        numbers = (isinstance(x, types) and not isinstance(x, bool) for x in items)  # bool is int
         good = all(numbers) and all(least <= x <= most for x in items)
         words = {int: "a whole number", float: "a number", list: "a number, or one per stage,"}
         form = "," if kind is int else "g"
@@ -779,7 +779,7 @@ def check_config(config: dict, rules: dict[str, Any] = RULES) -> None:
     if config["vertical_sync"] and not config["weight_stashing"]:
         raise UserError("vertical_sync=True needs weight_stashing=True: it reads stashed versions")
     for keys, most in LIMITS.items():
-        if (number := math.prod(config[key] for key in keys)) > most:
+        if (number := math.prod(int(config[key]) for key in keys)) > most:
             raise UserError(f"{' * '.join(keys)} is {number:,}: at most {most:,} fit")
     batch_size, parts = config["batch_size"], config["num_microbatches"]
     if batch_size % parts:

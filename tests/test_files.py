@@ -2,9 +2,11 @@
 
 import csv
 import itertools
+import math
 import os
 import re
 
+import numpy as np
 import pytest
 from pytorch import (
     cells,
@@ -15,10 +17,13 @@ from pytorch import (
 )
 from small import FLUSHING, V_SHAPED, cells_of, plan_of, same_as_recurrence
 
+from pipedream.commands import compare, in_flight, page, plan
+from pipedream.planning.profiles import Layer
+from pipedream.planning.search import best_partition
 from pipedream.schedules.files import check_rows, read_csv, write_csv
-from pipedream.schedules.plans import describe_file
+from pipedream.schedules.plans import PLAN_CONFIG, describe_file
 from pipedream.schedules.rows import LIBRARY
-from pipedream_simple import UserError
+from pipedream_simple import CONFIG, SIZES, UserError, check_config
 
 
 def write_rows(path, rows):
@@ -291,3 +296,55 @@ def test_a_file_says_for_how_many_gpus_and_microbatches_it_is(run, tmp_path):
         status, out, err = run("why", *flags, f"--{key}", value)
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert f"{key}={value}, but in three.csv it is" in err
+
+
+LAYERS = [Layer("a", 1.0, 2.0, 3.0, 4.0), Layer("b", 1.0, 2.0, 3.0, 4.0)]
+CALLS = {  # what the message must name -> a call from Python with that value
+    "gpus=": lambda value: best_partition(LAYERS, [value], [1e9]),
+    "bandwidth=": lambda value: best_partition(LAYERS, [2], [value]),
+    "straight=": lambda value: best_partition(LAYERS, [2], [1e9], straight=value),
+    "memory=": lambda value: best_partition(LAYERS, [2], [1e9], memory=value),
+    "layers=": lambda value: best_partition([value], [2], [1e9]),
+    "layer 0: forward=": lambda value: best_partition(
+        [LAYERS[0]._replace(forward=value)], [1], [1]
+    ),
+    "profile=|cannot read": lambda value: plan.main(CONFIG, value, [2], [1e9]),
+    "config=": in_flight.main,
+    "num_stages=": lambda value: in_flight.main({**PLAN_CONFIG, "num_stages": value}),
+    "comm_time=": lambda value: page.page_data({**PLAN_CONFIG, "comm_time": value}),
+}
+
+
+@pytest.mark.parametrize("named", CALLS)
+@pytest.mark.parametrize("value", [None, math.inf, math.nan, -1, "x", [], np.bool_(True)], ids=repr)
+def test_from_python_a_bad_value_gets_one_line(named, value):
+    if named == "memory=" and value is None:
+        return  # without a limit
+    with pytest.raises(UserError, match=rf"^({named})[^\n]*$"):
+        CALLS[named](value)
+
+
+@pytest.mark.parametrize("main", [page.page_data, in_flight.main, compare.main])
+def test_from_python_a_missing_or_unknown_key_gets_one_line(main):
+    for key in PLAN_CONFIG:
+        with pytest.raises(UserError, match=f"^CONFIG has no '{key}': every key needs a value$"):
+            main({k: value for k, value in PLAN_CONFIG.items() if k != key})
+    with pytest.raises(UserError, match=r"^unknown key 'stages'"):
+        main({**PLAN_CONFIG, "stages": 4})
+    with pytest.raises(UserError, match=r"^config=None must be a dict"):
+        main(None)
+
+
+def test_numpys_numbers_are_numbers():
+    config = {**PLAN_CONFIG, "num_stages": np.uint8(3), "forward_time": np.float32(1.5)}
+    assert page.page_data(config) == page.page_data(
+        {**PLAN_CONFIG, "num_stages": 3, "forward_time": 1.5}
+    )
+    plain = best_partition(LAYERS, [2], [1e9], memory=20)
+    assert plain == best_partition(LAYERS, [np.uint8(2)], [np.float32(1e9)], memory=np.int64(20))
+    check_config({**CONFIG, **dict.fromkeys(SIZES, np.int64(4))})
+    # 2**64 weights, which are 0 in NumPy's integers
+    powers = {"num_stages": 14, "layers_per_stage": 4, "hidden_size": 23}
+    large = {key: np.int64(2**power) for key, power in powers.items()}
+    with pytest.raises(UserError, match="at most 500,000,000 fit"):
+        check_config({**CONFIG, **large, "num_microbatches": 1, "num_batches": 1})

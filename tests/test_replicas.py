@@ -161,6 +161,23 @@ def test_no_plan_runs_faster_than_the_planner_says_and_two_kinds_as_fast(straigh
             assert seconds == pytest.approx(promised, rel=1e-9)
 
 
+def test_time_is_counted_on_the_slowest_stage_and_over_whole_periods():
+    """On 1-3-3 the first stage runs ahead at 9 s for 50 minibatches, until nothing is left of it.
+
+    On 1-4 a batch of 4 minibatches takes 18 and 12 seconds in turn.
+    """
+    layers = chain([(7, 2, 4), (4, 6, 6), (7, 7, 5)])
+    partition = best_partition(layers, [7], [1e8])
+    assert [stage.replicas for stage in partition.stages] == [1, 3, 3]
+    slowest = (14 + 4 * 2 / 3 * 5) / 3
+    assert partition.slowest.seconds == pytest.approx(slowest)
+    assert simulate_partition(partition, layers) == pytest.approx(slowest, rel=1e-9)
+    layers = chain([(2, 1, 2), (4, 5, 1)])
+    partition = best_partition(layers, [5], [1e8])
+    assert [stage.replicas for stage in partition.stages] == [1, 4]
+    assert simulate_partition(partition, layers) == pytest.approx((18 + 12) / 8, rel=1e-9)
+
+
 def test_a_plan_that_the_schedule_of_the_paper_does_not_keep_busy():
     """Replicas that wait for each other at every update, and a first stage with 4 in flight."""
     layers = chain([(2 / 3, 4 / 3, 10), (4 / 3, 8 / 3, 0), (1 / 3, 2 / 3, 0)])

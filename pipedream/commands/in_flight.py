@@ -8,7 +8,7 @@
 import math
 
 from pipedream.backstage.measures import tick
-from pipedream.schedules.plans import format_plans, make_plan
+from pipedream.schedules.plans import format_plans, make_plan, settle
 from pipedream_simple import RECOMPUTED, makespan
 
 LEGEND = """\
@@ -18,6 +18,7 @@ LEGEND = """\
 
 
 def main(config: dict) -> None:
+    config = settle(config)
     naive = make_plan({**config, "schedule": "naive"})
     for name in ("1f1b", "pipedream"):
         times, plans = {}, {}

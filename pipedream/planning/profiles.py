@@ -21,10 +21,17 @@ class Layer(NamedTuple):
     activation: float  # bytes of its output
     weights: float  # bytes
     kept: float | None = None  # bytes kept from its forward until its backward; None: its output
+    input_gradient: float | None = None  # seconds, where a backward is split; None: half of it
+    weight_gradient: float | None = None
+    update: float = 0.0  # seconds, once per batch
+    message: float | None = None  # seconds to send its output; None: not measured
     sent: float | None = None  # bytes that a cut right after it sends; None: its output
+    feeds_next: bool = True  # False: the network branches here
 
 
 COLUMNS = ["layer", "forward_ms", "backward_ms", "activation_bytes", "weight_bytes", "kept_bytes"]
+COLUMNS += ["input_gradient_ms", "weight_gradient_ms", "update_ms", "message_ms"]
+WIDTHS = 5, 6, 10  # so many of them may be there
 COSTS = ["forward_compute_time", "backward_compute_time", "activation_size", "parameter_size"]
 AMOUNT = (float, 0, 1e18)  # of seconds or bytes; as in RULES: type, least, most
 Edge = tuple[str, str]  # ids of two nodes: the second one needs the output of the first
@@ -49,15 +56,15 @@ def read_profile(path: Path) -> list[Layer]:
 
 
 def read_layer(name: str, costs: dict[str, str], place: str) -> Layer:
-    """A Layer from texts: two times in ms, then sizes. A list, [8; 4], is added up."""
+    """A Layer from texts: times in ms, and sizes. A list, [8; 4], is added up."""
     amounts = []
     for what, text in costs.items():
         values = [parse_value(part) for part in text.strip("[] ").split(";")]
         for value in values:
             check_value(f"{place}: {what}", value, AMOUNT)
-        amounts.append(sum(map(float, values)))  # type: ignore[arg-type]
-    forward, backward, *sizes = amounts
-    return Layer(name, forward / 1000, backward / 1000, *sizes)
+        unit = 1000 if what.endswith(("_ms", "_time")) else 1
+        amounts.append(sum(map(float, values)) / unit)  # type: ignore[arg-type]
+    return Layer(name, *amounts)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------- CSV files
@@ -67,8 +74,8 @@ def read_chain(lines: list[list[str]], name: str) -> list[Layer]:
     """The layers of a CSV file, in which each feeds the next one."""
     layers = []
     header, *rows = [[cell.strip() for cell in line] for line in lines] or [[]]
-    if header not in (COLUMNS, COLUMNS[:-1], []):
-        rule = f"a CSV file's is {','.join(COLUMNS)}, the last one optional"
+    if header not in ([], *(COLUMNS[:number] for number in WIDTHS)):
+        rule = f"a CSV file's is {','.join(COLUMNS)}, of which the last four or five may be missing"
         raise UserError(f"{name}, line 1, is {shown(','.join(header))}: {rule}")
     for number, cells in enumerate(rows, start=2):
         place = f"{name}, line {number}"
@@ -83,9 +90,10 @@ def read_chain(lines: list[list[str]], name: str) -> list[Layer]:
 def write_chain(layers: list[Layer]) -> str:
     """The text of a CSV file from which read_profile reads these layers."""
     lines = [",".join(COLUMNS)]
-    for name, forward, backward, activation, weights, kept, _ in layers:
-        times = f"{1000 * forward:.6g},{1000 * backward:.6g}"
-        lines.append(f"{name},{times},{activation},{weights},{kept}")
+    for layer in layers:
+        amounts = zip(COLUMNS[1:], layer[1:], strict=False)
+        cells = (f"{1000 * (x or 0):.6g}" if "_ms" in what else f"{x}" for what, x in amounts)
+        lines.append(",".join([layer.name, *cells]))
     return "\n".join([*lines, ""])
 
 
@@ -96,8 +104,9 @@ def read_graph(text: str, name: str) -> list[Layer]:
     """The layers of a PipeDream profile: lines `id -- description -- costs`, and edges `id -- id`.
 
     The network may branch, so its nodes are put in a row, each after those it needs, and cut like a
-    chain. A cut sends every output from before it that is needed after it. (The authors' program
-    also tries cuts that no place in this row stands for.) Inputs are not part of the network.
+    chain. A cut sends every output from before it that is needed after it. Inputs are not part of
+    the network. Where each layer feeds the next one, these are all cuts there are; elsewhere the
+    authors' program also tries cuts that no place in this row stands for.
     """
     nodes, edges = read_nodes(text, name)
     inputs = {key for key, layer in nodes.items() if layer.name.startswith("Input")}
@@ -108,8 +117,11 @@ def read_graph(text: str, name: str) -> list[Layer]:
     for key, reader in last_reader.items():
         change[place[key]] += nodes[key].activation
         change[place[reader]] -= nodes[key].activation
-    sent = itertools.accumulate(change)
-    return [nodes[key]._replace(sent=number) for key, number in zip(place, sent, strict=True)]
+    feeds_next = {key for key, reader in edges if place[reader] == place[key] + 1}
+    return [
+        nodes[key]._replace(sent=sent, feeds_next=key in feeds_next)
+        for key, sent in zip(place, itertools.accumulate(change), strict=True)
+    ]
 
 
 def read_nodes(text: str, name: str) -> tuple[dict[str, Layer], list[Edge]]:

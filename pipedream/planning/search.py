@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipedream.backstage.text import shown
 from pipedream_simple import UserError, check_value, count
 
-from .profiles import Layer, sent_after
+from .profiles import AMOUNT, Layer, sent_after
 
 
 class Stage(NamedTuple):
@@ -21,7 +22,7 @@ class Stage(NamedTuple):
     compute: float  # forward and backward
     all_reduce: float  # the replicas add up their gradients
     transfer: float  # from the previous stage or to the next one, whichever takes longer
-    in_flight: int  # minibatches on each of its GPUs, and so weight versions
+    in_flight: int  # minibatches on each of its GPUs
     bytes: float  # kept on each of its GPUs: weight versions, and activations
 
     @property
@@ -52,21 +53,23 @@ def best_partition(
     """The one whose slowest stage is fastest; of equally fast ones, the most replicas in front.
 
     gpus and bandwidths have an entry per level: 8 GPUs in a machine, 2 machines; bytes per second
-    of a GPU's link and of a machine's, both directions together. straight: one GPU per stage.
-    memory: bytes of a GPU. A stage may then keep on each GPU
+    of a GPU's link and of a machine's, both directions together. straight: one GPU per stage, and
+    a flush per batch. memory: bytes of a GPU. A stage may then keep on each GPU
 
         in flight * (weights + activations),  in flight = ceil(GPUs from it on / its replicas)
 
     where activations are what its layers keep for a backward, or their outputs where that is not
-    known. (Gradients and the optimizer's state are left out.) UserError: an invalid argument, or
-    nothing fits.
+    known. With a flush the weights count once. (Gradients and the optimizer's state are left out.)
+    UserError: an invalid argument, or nothing fits.
 
     PipeDream's planner (SOSP 2019, section 3.1). Times are per minibatch, so replicas divide them.
     A cut sends activations, and gradients of the same size back, over the links of every level that
-    it crosses; this overlaps with computing. With several levels, all machines that share a part of
-    the network divide it among their GPUs in the same way.
+    it crosses; this overlaps with computing. (The authors' program leaves it out by default, and
+    counts what the first stage sends on its receivers' links alone.) With several levels, all
+    machines that share a part of the network divide it among their GPUs in the same way.
     """
     check_request(layers, gpus, bandwidths, straight, memory)
+    gpus, bandwidths = [*map(int, gpus)], [*map(float, bandwidths)]  # not NumPy's
     limit = math.inf if memory is None else memory
     stages = Search(layers, gpus, bandwidths, straight, limit).fastest()
     one_gpu = sum(layer.forward + layer.backward for layer in layers)
@@ -103,10 +106,13 @@ def add_up(layers: list[Layer]) -> np.ndarray:
 
     Seconds, infinite where j < i; bytes of weights; bytes kept per minibatch in flight.
     """
-    rows = [[f + b, w, a if kept is None else kept] for _, f, b, a, w, kept, _ in layers]
-    starts = np.insert(np.cumsum(rows, axis=0, dtype=float), 0, 0, axis=0).T
-    costs = starts[:, None, 1:] - starts[:, :-1, None]
-    costs[0][np.tri(len(layers), k=-1, dtype=bool)] = math.inf
+    seconds = [layer.forward + layer.backward for layer in layers]
+    kept = [layer.activation if layer.kept is None else layer.kept for layer in layers]
+    rows = np.array([seconds, [layer.weights for layer in layers], kept], dtype=float)
+    no_layers = np.tri(len(layers), k=-1, dtype=bool)  # j < i
+    costs = np.where(no_layers, 0, rows[:, None])
+    np.cumsum(costs, axis=2, out=costs)  # from each i on: a difference of two sums would cancel
+    costs[0][no_layers] = math.inf
     return costs
 
 
@@ -192,7 +198,8 @@ class Search:
         """A stage's compute, all_reduce, in_flight and bytes, on a group of GPUs."""
         times = replicate(seconds, weights, group.levels, self.bandwidths)
         in_flight = count_in_flight(math.prod(group.levels), group.behind)
-        return *times, in_flight, in_flight * (weights + activations)
+        versions = 1 if self.straight else in_flight  # one is enough with a flush
+        return *times, in_flight, versions * weights + in_flight * activations
 
     def seconds_per_byte(self, group: Group) -> float:
         """For a byte and one back, over the links of all units of the group."""
@@ -240,8 +247,17 @@ def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory)
         raise UserError(f"{sizes}: each level needs both")
     if memory is not None:
         check_value("memory", memory, LEVEL["bandwidth"])
+    check_value("straight", straight, [True, False])
+    if not isinstance(layers, list) or not all(isinstance(layer, Layer) for layer in layers):
+        raise UserError(f"layers={shown(layers)} must be a list of Layer, as of read_profile")
+    for number, layer in enumerate(layers):
+        for key in ("forward", "backward", "activation", "weights", "kept", "sent"):
+            value = getattr(layer, key)
+            if value is not None or key not in ("kept", "sent"):
+                check_value(f"layer {number}: {key}", value, AMOUNT)
     if not any(layer.forward + layer.backward for layer in layers):
         raise UserError("no layer takes any time")
+    gpus = [*map(int, gpus)]  # NumPy's would overflow
     num_layers, num_gpus = len(layers), math.prod(gpus)
     if straight and num_gpus > num_layers:
         stages = f"{count(num_layers, 'layer')} cannot be cut into {num_gpus} stages"

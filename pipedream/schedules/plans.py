@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 import pipedream_simple as simple
 from pipedream.backstage.measures import (
     in_short,
@@ -192,6 +194,9 @@ def settle(config: dict, given: Iterable[str] = ()) -> dict:
 
     given: the keys that the reader set. UserError if the file has other sizes than these.
     """
+    if not isinstance(config, dict):
+        raise simple.UserError(f"config={shown(config)} must be a dict, such as PLAN_CONFIG")
+    config = {k: v.item() if isinstance(v, np.generic) else v for k, v in config.items()}
     file, sizes = file_of(config), dict[str, int]()
     if file:
         rows = read_csv(file)
@@ -201,7 +206,7 @@ def settle(config: dict, given: Iterable[str] = ()) -> dict:
         if key in given and config[key] != size:
             file_has = f"in {str(file)[-200:]} it is {size}: leave out the flag"
             raise simple.UserError(f"{key}={shown(config[key])}, but {file_has}")
-    number, batch_size = sizes.get("num_microbatches", 1), config["batch_size"]
+    number, batch_size = sizes.get("num_microbatches", 1), config.get("batch_size")
     if isinstance(batch_size, int) and batch_size % number:
         rule = f"must be a multiple of the {number} microbatches in {str(file)[-200:]}"
         advice = f"try --batch_size {number * math.ceil(batch_size / number)}"
