@@ -100,7 +100,7 @@ def test_sizes():
     assert max(rooms) <= 450
     assert sorted(rooms)[len(rooms) // 2] < 200
     examples = sum(len(path.read_text().splitlines()) for path in ROOT.glob("examples/*.py"))
-    assert sum(lines.values()) + examples <= 9_500
+    assert sum(lines.values()) + examples <= 10_200
 
 
 def test_no_public_name_is_defined_in_two_places():
@@ -151,7 +151,7 @@ def test_an_unknown_command_names_the_nearest(run):
 def test_a_flag_says_what_main_takes(run):
     assert run("why", "--gpu", 1).err.startswith("pipedream why: --gpu and --time go together")
     assert run("why", "--gpux", 1).err == "pipedream why: unrecognized arguments: --gpux 1\n"
-    assert "required: --gpus, --bandwidth" in run("plan", "my.csv").err
+    assert run("plan", "my.csv").err.endswith("arguments are required: --gpus\n")
     assert run("train").err == "pipedream train: the following arguments are required: PLAN\n"
     assert run("papers", "--seed", 1).status == 2
 

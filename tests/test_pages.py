@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 from ranks import in_processes
 from reference import mismatches
+from test_decide import ROWS
 from test_template import BY_HAND, TORCHRUN
 from torch.distributed import pipelining
 
@@ -27,6 +28,7 @@ from pipedream.backstage.audit import VersionCount
 from pipedream.backstage.measures import peak_in_flight, peak_versions, staleness
 from pipedream.commands import compare, fit, neighbours
 from pipedream.commands.distributed import prove
+from pipedream.planning import decide
 from pipedream.processes import engine
 from pipedream.processes.ways import formulas, full_config
 from pipedream.schedules.halves import train_plan
@@ -454,12 +456,21 @@ def of_fit(printed):
     memory = {name: float(memory) for name, (_, memory) in rows.items()}
     more = [f"{memory[name] / memory['1f1b'] - 1:.0%}" for name in ("zb-h1", "zb-h2", "zb-v")]
     yield "The 7B model", [*more, fit.KEYS["num_microbatches"]]
+    yield r"^5\. \*\*", [f"{decide.CLOSE - 1:.0%}"]
+    yield r"^6\. \*\*", [decide.MUCH] * 2
+
+
+def of_answers():
+    """The table of answers, which test_decide.py compares with those of the program."""
+    for flags, answer, gigabytes in ROWS:
+        figures = re.findall(r"(?<!stage )(?<![\w-])\d+", answer)
+        yield rf"^\| {re.escape(flags)} ", [*figures, gigabytes]
 
 
 @pytest.mark.parametrize("page", BOTH)
 def test_every_figure_in_the_prose_is_a_computed_one_of_what_its_words_say(page, run):
     printed = output_of(run, "python -m pipedream fit")
-    known = [*facts(), *of_fit(printed)]
+    known = [*facts(), *of_fit(printed), *of_answers()]
     known = [(words, [str(figure) for figure in figures]) for words, figures in known]
     assert list(wrong_figures(page, known)) == []
 

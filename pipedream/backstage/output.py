@@ -13,13 +13,18 @@ def write(path: Path, content: Callable, read: Path | None = None, suffix: str =
     """Save what content(path) writes. UserError: another suffix, or the file that it has read."""
     from pipedream_visual import save  # here: it imports matplotlib
 
-    if not path.name.endswith(suffix):
-        raise UserError(f"cannot write {shown(str(path))}: the name must end in {suffix}")
+    check_suffix(path, suffix)
     save({path: content}, read=[read] if read else [])
 
 
-def check_output(path: Path) -> None:
+def check_suffix(path: Path, suffix: str) -> None:
+    if not path.name.endswith(suffix):
+        raise UserError(f"cannot write {shown(str(path))}: the name must end in {suffix}")
+
+
+def check_output(path: Path, suffix: str = "") -> None:
     """Raise a UserError now, and not after minutes, where a file cannot be written."""
+    check_suffix(path, suffix)
     if path.exists() and not path.is_file():
         raise UserError(f"cannot write {path}: it is not a regular file")
     try:

@@ -34,7 +34,7 @@ from pipedream.backstage.audit import Audit, VersionCount, plain_training
 from pipedream.backstage.text import format_loss
 from pipedream.planning.clock import measure_message, measure_stages, microbatch_size, now
 from pipedream.processes.engine import Report, check_engine, difference, gather, run_rank
-from pipedream.processes.launch import become_rank, in_group, launch, say
+from pipedream.processes.launch import become_rank, in_group, launch, place, say
 from pipedream.schedules.halves import train_plan
 from pipedream.schedules.plans import Plan, make_plan, run_rows, schedule_name
 from pipedream_simple import UserError, build_stages, count, format_per_gpu, format_table
@@ -94,19 +94,6 @@ def told_by_torchrun(plan: Plan) -> tuple[int, int]:
         given = f"RANK={rank}, WORLD_SIZE={world_size}, but {plan.name} is for {needed} processes"
         raise UserError(f"{given}: try torchrun --nproc-per-node {needed}")
     return local_rank, here
-
-
-def place(name: str, local_rank: int, processes_here: int) -> torch.device:
-    """The device of a rank: a GPU of its own, if every process on this machine can have one."""
-    num_gpus = torch.cuda.device_count()
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device={name!r} is one GPU, and every process needs its own: try cuda")
-    if name != "cpu" and num_gpus >= processes_here:
-        return torch.device("cuda", local_rank)
-    if name == "cuda":
-        needed = f"{processes_here} processes need a GPU each, torch finds {num_gpus}"
-        raise UserError(f"device='cuda': {needed}: try cpu")
-    return torch.device("cpu")
 
 
 # ------------------------------------------------------------------------ one process of many

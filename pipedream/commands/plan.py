@@ -20,73 +20,122 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipedream.backstage.text import shorten
+from pipedream.planning.decide import CLOSE
 from pipedream.planning.profiles import Layer, read_profile, sent_after
 from pipedream.planning.replicas import simulate_partition
 from pipedream.planning.search import Partition, best_partition
-from pipedream_simple import UserError, format_table
+from pipedream.planning.steps import Step, measured_rate, possible_steps
+from pipedream_simple import UserError, check_value, count, format_table
 
 FLAGS = {
     "PROFILE": "what the layers cost",
     "--gpus N ...": "GPUs; or GPUs per machine, machines",
-    "--bandwidth B ...": "bytes per second of a GPU's link; then of a machine's",
-    "--straight": "one GPU per stage",
+    "--bandwidth B ...": "bytes per second of a GPU's link; then of a machine's; or as measured",
+    "--straight": "one GPU per stage, and a flush per batch",
     "--memory BYTES": "of each GPU",
+    "--microbatches N": "per step, for the times of steps with --straight (8)",
 }
 TAKES = ""
 
 TIMES = ["computing", "all-reduce", "transfer"]
 LEGEND = """\
-   Milliseconds per minibatch. in all: computing and all-reduce, or transfer if
-   that takes longer; * is the slowest stage. versions: of the weights, one per
-   minibatch in flight. GB, on each GPU of the stage: weight versions, and per
-   minibatch in flight """
+Milliseconds per {unit}. in all: computing and all-reduce, or transfer if that takes longer; * is
+the slowest stage. in flight: {unit}es on each GPU, at most. GB, on each GPU: {holds} """
 KEPT_LEGEND = """\
-what the layers keep for its backward. Gradients and
-   the optimizer's state come on top."""
+what the layers keep for its backward. Gradients and the optimizer's state come on top."""
 OUTPUT_LEGEND = """\
-the outputs of the layers, as the profile has no
-   kept_bytes. A real layer keeps several times its output; gradients and the
-   optimizer's state come on top."""
+the outputs of the layers, as the profile has no kept_bytes. A real layer keeps several times its
+output; gradients and the optimizer's state come on top."""
+BRANCHES = "The graph branches, and is cut as a row. PipeDream's program tries more cuts."
 
 
 def main(
-    config: dict, profile: Path, gpus: list, bandwidth: list, straight: bool = False, memory=None
+    config: dict,
+    profile: Path,
+    gpus: list,
+    bandwidth: list | None = None,
+    straight: bool = False,
+    memory=None,
+    microbatches: int = 8,
 ) -> None:
-    layers = read_profile(profile)
-    partition = best_partition(layers, gpus, bandwidth, straight, memory)
-    print(format_partition(partition, layers))
+    check_value("microbatches", microbatches, (int, 1, 10_000))
+    if not isinstance(profile, str | Path):
+        raise UserError(f"profile={profile!r} must be the path of a file")
+    layers = read_profile(Path(profile))
+    rates = [measured_rate(layers)] if bandwidth is None else bandwidth
+    partition = best_partition(layers, gpus, rates, straight, memory)
+    print(format_partition(partition, layers, straight))
     print(textwrap.fill(describe_bottleneck(partition), 80))
     try:
-        print(textwrap.fill(describe_run(partition, simulate_partition(partition, layers)), 80))
+        took = simulate_partition(partition, layers)
+        print(textwrap.fill(describe_run(partition, took, straight), 80))
     except UserError as error:
         print(f"Not simulated: {error}.")
     if straight and len(partition.stages) > 1:
-        firsts = " ".join(str(stage.first) for stage in partition.stages)
-        print("\nIf these are the LAYERS of your my_model.py, train them so:")
-        print(f"--processes {len(partition.stages)} --cut {firsts}")
+        slowest = min(bandwidth) if bandwidth else None
+        steps, reasons = possible_steps(layers, len(partition.stages), microbatches, slowest)
+        one_gpu = sum(microbatches * (c.forward + c.backward) + c.update for c in layers)
+        print("", *format_steps(steps, one_gpu, microbatches), sep="\n")
+        print(*(textwrap.fill(reason, 80) for reason in reasons), sep="\n")
+        print(*describe_best(steps, microbatches, len(partition.stages)), sep="\n")
 
 
-def format_partition(partition: Partition, layers: list[Layer]) -> str:
-    """The stages, the cuts, and what they gain."""
+def format_steps(steps: list[Step], one_gpu: float, microbatches: int) -> list[str]:
+    what = (
+        f"A step of {count(microbatches, 'microbatch')} (--microbatches), simulated with messages"
+    )
+    table = [["schedule", "ms", "speed-up", "--cut"]]
+    for schedule, firsts, seconds in steps:
+        cut = " ".join(map(str, shorten(firsts, 7, "stages")))
+        table.append([schedule, f"{1000 * seconds:.4g}", f"{one_gpu / seconds:.2f}x", cut])
+    return [f"{what};", f"on one GPU it takes {1000 * one_gpu:.4g} ms:", *format_table(table)]
+
+
+def describe_best(steps: list[Step], microbatches: int, gpus: int) -> list[str]:
+    """Flags for examples/pipeline.py. As in decide.py, of the fastest ones the simplest."""
+    least = min(step.seconds for step in steps)
+    best = next(step for step in steps if step.seconds <= CLOSE * least)
+    flags = f"--schedule {best.schedule} --microbatches {microbatches}"
+    cut = " ".join(map(str, best.firsts))
+    return [
+        "\nIf these are the LAYERS of your my_model.py, train them so:",
+        f"--processes {gpus} --cut {cut} {flags}",
+    ]
+
+
+def format_partition(partition: Partition, layers: list[Layer], straight: bool) -> str:
+    """The stages, the cuts, and what they gain; in PipeDream's words, unless straight."""
+    unit = name_unit(straight)
+    each = f"for each {unit} in flight"
+    holds = f"the weights and, {each}," if straight else f"{each}, a weight version and"
+    legend = LEGEND.format(unit=unit, holds=holds)
+    legend += OUTPUT_LEGEND if layers[0].kept is None else KEPT_LEGEND
+    noam = f"NOAM: {partition.stages[0].in_flight} (minibatches in flight on each GPU of stage 0)"
     stages, seconds = partition.stages, partition.slowest.seconds
     one_gpu, data_parallel = partition.one_gpu, partition.data_parallel
-    table = [["stage", "GPUs", "layers", *TIMES, "in all", "versions", "GB"], *rows_of(partition)]
+    table = [["stage", "GPUs", "layers", *TIMES, "in all", "in flight", "GB"], *rows_of(partition)]
     cuts = [describe_cut(stage.last, layers[stage.last]) for stage in stages[:-1]]
     lines = [
         f"Plan: {'-'.join(str(stage.replicas) for stage in stages)}",
-        f"Slowest stage: {seconds:.9f} s per minibatch",
+        f"Slowest stage: {seconds:.9f} s per {unit}",
         "",
         *shorten(format_table(table), 40, "stages"),
-        LEGEND + (OUTPUT_LEGEND if layers[0].kept is None else KEPT_LEGEND),
+        textwrap.indent(textwrap.fill(legend, 77), "   "),
         *["   4x2: 4 GPUs in each of 2 machines."] * (len(stages[0].levels) > 1),
         *(["Cuts:", *shorten(cuts, 12, "cuts")] if cuts else []),
-        f"NOAM: {stages[0].in_flight} (minibatches in flight on each GPU of stage 0)",
+        *[BRANCHES] * (not all(layer.feeds_next for layer in layers[:-1])),
+        *[noam] * (not straight),
         f"Speed-up over one GPU ({one_gpu:.9f} s): {one_gpu / seconds:.2f}x",
         f"Speed-up over data parallelism ({data_parallel:.9f} s): {data_parallel / seconds:.2f}x",
         f"Speed-up of data parallelism over one GPU: {one_gpu / data_parallel:.2f}x",
         "",
     ]
     return "\n".join(lines)
+
+
+def name_unit(straight: bool) -> str:
+    """What the GPUs take turns with: PipeDream's paper, which has no flush, says minibatch."""
+    return "microbatch" if straight else "minibatch"
 
 
 def rows_of(partition: Partition) -> Iterator[list[str]]:
@@ -124,12 +173,14 @@ def describe_bottleneck(partition: Partition) -> str:
     return text + " One GPU alone would be faster." * (partition.one_gpu < seconds)
 
 
-def describe_run(partition: Partition, seconds: float) -> str:
+def describe_run(partition: Partition, seconds: float, straight: bool) -> str:
     """Does the simulated run, which takes so long per minibatch, keep what is promised?"""
+    schedule = "1F1B" if straight else "1F1B-RR"
     promised = max(stage.compute + stage.all_reduce for stage in partition.stages)
     slowest, data_parallel = partition.slowest.seconds, partition.data_parallel
     same = seconds <= 1.001 * promised
-    text = f"Simulated (1F1B-RR, full pipeline, free messages): {seconds:.9f} s per minibatch, "
+    text = f"Simulated ({schedule}, full pipeline, free messages): {seconds:.9f} s per "
+    text += f"{name_unit(straight)}, "
     text += "as" if same else f"{seconds / promised:.2f} times as long as"
     text += " the plan promises" + " without transfers" * (promised < slowest) + "."
     if not same:

@@ -1,93 +1,130 @@
-"""What do layers, stages and messages cost on this machine?
+"""What do layers, updates and messages cost on this machine?
 
-    python -m pipedream profile              measure, and simulate with the measured times
-    python -m pipedream profile my.csv       and write what `plan my.csv` reads
+    python -m pipedream profile my_model.py my.csv   of your model; then: plan my.csv
+    python -m pipedream profile my_model.py          only print it
+    python -m pipedream profile my.csv               of the network of pipedream_simple.py
 
-`plan` calls a microbatch a minibatch.
+MODEL is a file like examples/my_model.py. Several processes train on one microbatch at the same
+time, since in a run all are busy: each with a GPU, or with its share of the CPU. They go on until
+both halves of the time say the same; where that does not happen, the numbers are refused.
 """
 
-import statistics
+import math
+import os
+import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
-import pipedream_simple as simple
-from pipedream.backstage.output import write
+from pipedream.backstage.output import check_output, write
 from pipedream.backstage.text import shorten
-from pipedream.planning.clock import describe_layers, measure_stages, microbatch_size, time_message
-from pipedream.planning.profiles import write_chain
-from pipedream.schedules.plans import Plan, all_plans, run_rows, times_of
+from pipedream.planning.clock import Network, time_layers
+from pipedream.planning.models import from_python
+from pipedream.planning.profiles import Layer, write_chain
+from pipedream.processes.launch import become_rank, in_group, launch, place, say
+from pipedream.schedules.plans import PLAN_CONFIG, check_plan_config
+from pipedream_simple import UserError, build_stages, check_value, count, format_table, make_batches
 
-FLAGS = {"[FILE]": "my.csv: what the layers cost"}
-TAKES = (
-    "num_stages num_microbatches layers_per_stage hidden_size batch_size num_batches "
-    "learning_rate momentum seed device network weight_stashing vertical_sync recompute "
-    "chunks_per_gpu in_flight weight_gradient_time"
-)
-DEFAULTS = {"network": "transformer"}
+FLAGS = {
+    "[MODEL]": "a file with LAYERS; without it the network of pipedream_simple.py",
+    "[FILE]": "my.csv: what the layers cost",
+    "--processes N": "that compute at the same time; 1: then no message is measured (2)",
+    "--bf16": "compute in bfloat16, as torch.autocast does",
+}
+LEGEND = """\
+   Milliseconds, medians: of a microbatch (W: the part of the backward that
+   makes the gradients of the weights; message: the output, to another process)
+   and of an update, once per batch. The update of layer 0 includes the drawing
+   of a batch; the last layer the loss. +-: half of the rounds lie that close."""
+KEYS = {
+    "num_microbatches": 8,  # per batch; the times are those of one
+    "device": "auto",  # auto (a GPU for each process, if there are so many), cpu or cuda
+    "network": "transformer",  # this and the rest: of the network of pipedream_simple.py
+    "num_stages": 4,  # times layers_per_stage: how many layers it has
+    "layers_per_stage": 3,
+    "hidden_size": 64,
+    "batch_size": 32,
+}
 
 
-def main(config: dict, file: Path | None = None) -> None:
-    """Measure all layers, all stages, and what stage 0 sends; then print it, and simulate."""
-    layers, num_stages = describe_layers(config), config["num_stages"]
-    one_each = {**config, "num_stages": len(layers), "layers_per_stage": 1}
-    of_layers, of_stages = ([*measure_stages(c).values()] for c in (one_each, config))
-    size = int(layers[config["layers_per_stage"] - 1].activation)
-    message, reason = time_message(size) if num_stages > 1 else (0.0, "there is one stage")
+def main(
+    config: dict,
+    model: Path | None = None,
+    file: Path | None = None,
+    processes: int = 2,
+    bf16: bool = False,
+) -> None:
+    """Refuse what can be refused; then start the processes, in each of which this runs again."""
+    if model and model.suffix == ".csv" and not file:
+        model, file = None, model
+    check_value("processes", processes, (int, 1, 16))
     if file:
-        times = zip(layers, *of_layers[:2], strict=True)
-        timed = [c._replace(forward=f / 1000, backward=b / 1000) for c, f, b in times]
-        write(file, lambda part: part.write_text(write_chain(timed), "utf-8"), suffix=".csv")
-    print_measured(config, of_layers, [layer.name for layer in layers], of_stages)
-    print(f"A message of {size:,} bytes between two processes: {message:.3f} ms")
-    if reason:
-        print(f"   Not measured, so taken as free: {reason}")
-    print_simulated(config, of_stages, message)
+        check_output(file, ".csv")
+    found = load(config, model)
+    if "RANK" not in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        place(config["device"], 0, processes)
+        sys.exit(2 if launch(processes, 600) else 0)
+    become_rank()
+    device = place(config["device"], int(os.environ["LOCAL_RANK"]), processes)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    layers, spread = in_group(partial(measure_model, config, found, device, bf16), backend, 600)
+    if os.environ["RANK"] == "0":
+        if file:
+            write(file, lambda part: part.write_text(write_chain(layers), "utf-8"), model)
+        print(*format_profile(layers, spread, file), sep="\n", flush=True)
 
 
-def print_measured(config: dict, of_layers: list, names: list[str], of_stages: list) -> None:
-    """Milliseconds: of layers and of stages forward, backward and update, each a list."""
-    device = simple.choose_device(config["device"])
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    images = simple.count(microbatch_size(config), "image")
-    print(f"Measured on {where}: milliseconds per microbatch of {images}, and per update")
-    print("(medians, without the first batch)\n")
-    print(format_times("layer", of_layers, names))
-    print(format_times("stage", of_stages, [""] * config["num_stages"]))
-    both = [*map(sum, zip(*of_stages[:2], strict=True))]
-    if len(both) > 1:
-        slowest, excess = both.index(max(both)), max(both) / statistics.fmean(both) - 1
-        print(f"Bottleneck: stage {slowest}, which takes {excess:.0%} longer than the mean")
+def load(config: dict, path: Path | None) -> Any:
+    """The reader's file, or what stands for the network of pipedream_simple.py."""
+    if path:
+        for key in [*KEYS][2:]:
+            if config[key] != KEYS[key]:
+                raise UserError(f"{key}={config[key]} is not for {path}: change it in there")
+        check_value("num_microbatches", config["num_microbatches"], (int, 1, 1_000_000))
+        sizes = {"num_microbatches": config["num_microbatches"], "microbatch_size": None}
+        found = from_python(path, {**sizes, "sequence": None, "layers": None})
+        if odd := [name for name in ("my_loss", "my_optimizer") if not hasattr(found.file, name)]:
+            raise UserError(f"{path} must have {odd[0]}, as examples/my_model.py does")
+        layers = found.layers[: len(found.file.LAYERS)]  # without the loss
+        return SimpleNamespace(**{"CLIP": math.inf, **vars(found.file), "LAYERS": layers})
+    config = {**PLAN_CONFIG, **config}
+    check_plan_config(config)
+    layers = [layer for stage in build_stages(config) for layer in stage.children()]
+    makers = [partial(lambda layer: layer, layer) for layer in layers]
+    settings = {"lr": config["learning_rate"], "momentum": config["momentum"]}
+    optimizer = partial(torch.optim.SGD, **settings)
+    batch = (*make_batches(config)[0], config["batch_size"])
+    names = {"my_loss": cross_entropy, "my_optimizer": optimizer, "my_batch": lambda number: batch}
+    return SimpleNamespace(LAYERS=makers, CLIP=math.inf, **names)
 
 
-def format_times(what: str, times: list[list[float]], names: list[str]) -> str:
-    table = [[what, "forward", "backward", "update", ""]]
-    for number, (name, *costs) in enumerate(zip(names, *times, strict=True)):
-        name = name if len(name) <= 40 else name[:37] + "..."
-        table.append([str(number), *(f"{cost:.3f}" for cost in costs), name])
-    return "\n".join([*shorten(simple.format_table(table), 20, f"{what}s"), ""])
+def measure_model(
+    config: dict, model: Any, device: torch.device, bf16: bool
+) -> tuple[list[Layer], list[float]]:
+    x, y, *_ = model.my_batch(0)
+    size = len(x) // config["num_microbatches"]
+    say(f"Measuring {count(len(model.LAYERS), 'layer')}, on microbatches of {size} rows ...\n")
+    network = Network(model, x[:size], y[:size], device, bf16)
+    return time_layers(network, model.my_batch, lambda line: say(line + "\n"))
 
 
-def print_simulated(config: dict, of_stages: list[list[float]], message: float) -> None:
-    """Each schedule, on as many devices as there are stages, against all of it on one."""
-    forward, backward, update = of_stages
-    times = {"forward_time": forward, "backward_time": backward, "comm_time": message}
-    plans, reasons = all_plans({**config, **times})
-    one_gpu = config["num_microbatches"] * sum([*forward, *backward]) + sum(update)
-    print(f"\nSimulated with these times on {simple.count(len(update), 'such device')}:")
-    table = [["schedule", "ms per batch", "busy", f"speed-up over one device ({one_gpu:.3g} ms)"]]
-    for plan in plans:
-        events = with_updates(plan, update)
-        batch = simple.makespan(events) / config["num_batches"]
-        cells = f"{batch:.3g}", f"{simple.utilization(events):.1%}", f"{one_gpu / batch:.2f}x"
-        table.append([plan.name, *cells])
-    lines = [*simple.format_table(table), *[simple.RECOMPUTED] * config["recompute"], *reasons]
-    print("\n".join(lines))
-
-
-def with_updates(plan: Plan, update: list[float]) -> list[simple.Event]:
-    """The plan's events if the update of a GPU takes time; all its stages together take that."""
-    on_gpu = zip(update, ({op.stage for op in row} for row in plan.schedule), strict=True)
-    of_stage = {s: time / len(stages) for time, stages in on_gpu for s in stages}
-    times = {**times_of(plan.config), "U": of_stage}
-    return run_rows(plan.schedule, plan.config, plan.pairs, times)[0]
+def format_profile(layers: list[Layer], spread: list[float], file: Path | None) -> list[str]:
+    table = [["layer", "F", "B", "I", "W", "update", "message", "+-", "KiB sent", ""]]
+    for number, (layer, part) in enumerate(zip(layers, spread, strict=True)):
+        halves = layer.input_gradient, layer.weight_gradient
+        times = layer.forward, layer.backward, *halves, layer.update, layer.message
+        cells = (f"{1000 * (time or 0):.3f}" for time in times)
+        name = layer.name if len(layer.name) <= 20 else layer.name[:17] + "..."
+        sent = f"{layer.activation / 1024:,.0f}"
+        table.append([str(number), *cells, f"{part:.0%}", sent, name])
+    lines = ["", *shorten(format_table(table), 40, "layers"), LEGEND]
+    if file:
+        lines.append(f"\n{file}: now python -m pipedream plan {file} --gpus 2 --straight")
+    return lines

@@ -1,22 +1,23 @@
 """What do ops, messages and layers take here? Measured."""
 
-import datetime
-import itertools
-import os
+import contextlib
+import math
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from pipedream.backstage.storages import Storages
 from pipedream.schedules.plans import story_config
-from pipedream_simple import Op, Worker, build_stages, choose_device, train
+from pipedream_simple import Op, UserError, Worker, choose_device, train
 
 from .profiles import Layer
 
@@ -81,54 +82,197 @@ def measure_message(x: Tensor, work: Callable[[], object] = lambda: None) -> flo
     return median.item()
 
 
-def one_of_two(rank: int, num_bytes: int, folder: str) -> None:
-    """A process that time_message starts. Rank 0 writes down what they have measured."""
-    meet, patience = Path(folder, "meet").as_uri(), datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", meet, patience, world_size=2, rank=rank)
-    milliseconds = measure_message(torch.zeros(num_bytes, dtype=torch.uint8))
-    if rank == 0:
-        Path(folder, "milliseconds").write_text(str(milliseconds))
-    os._exit(0)  # torch 2.6 and 2.7 hang where a gloo group is destroyed
-
-
-def time_message(num_bytes: int) -> tuple[float, str]:
-    """Milliseconds of a message between two processes, started for this; or 0, and why."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            multiprocessing.spawn(one_of_two, (num_bytes, folder), nprocs=2)
-            return float(Path(folder, "milliseconds").read_text()), ""
-        except Exception as error:  # whatever keeps processes from starting, meeting or sending
-            return 0.0, str(error).strip().rpartition("\n")[2][:200]
-
-
 # ------------------------------------------------------------------------------------- layers
 
-
-def describe_layers(config: dict) -> list[Layer]:
-    """The layers of the network, for a microbatch: names and bytes, without times."""
-    device, layers = choose_device(config["device"]), list[Layer]()
-    x = torch.zeros(microbatch_size(config), 64, device=device)
-    for layer in itertools.chain.from_iterable(stage.children() for stage in build_stages(config)):
-        x, kept = run_layer(layer.to(device), x.detach().requires_grad_(bool(layers)))
-        parts = layer if isinstance(layer, nn.Sequential) else [layer]
-        name = "+".join(type(part).__name__ for part in parts)
-        weights = sum(w.nbytes for w in layer.parameters())
-        layers.append(Layer(name, 0, 0, x.nbytes, weights, kept=kept))
-    return layers
+KINDS = "FBIWU"
+AGREED, APART = 0.03, 0.1  # of the whole: two halves of the rounds differ by so much
+LEAST, MOST = 3, 30  # seconds
 
 
-def run_layer(layer: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """Its output, and the bytes that it keeps for a backward.
+class Network:
+    """The layers of a model and one of its microbatches: it trains on that, and takes the time.
 
-    These are the storages that autograd saves, each counted once; the weights are there anyway.
+    model has LAYERS, my_loss, my_optimizer and CLIP, as examples/my_model.py does.
     """
-    saved = Storages()
 
-    def note(tensor: Tensor) -> Tensor:
-        saved.note([tensor])
-        return tensor
+    def __init__(self, model: Any, x: Tensor, y: Tensor, device: torch.device, bf16: bool = False):
+        self.x, self.y = x.to(device).clone(), y.to(device).clone()  # no view of a whole batch
+        self.device, self.loss = device, model.my_loss
+        with in_a_line("LAYERS"):
+            self.layers = [make().to(device).train() for make in model.LAYERS]
+        self.weights = [[w for w in layer.parameters() if w.requires_grad] for layer in self.layers]
+        with in_a_line("my_optimizer"):
+            self.optimizers: list[Any] = [
+                model.my_optimizer(own) if own else None for own in self.weights
+            ]
+        for optimizer in filter(None, self.optimizers):
+            for group in optimizer.param_groups:
+                group["lr"] *= 1e-9  # after many rounds the weights are still what they were
+        self.clip, self.bf16 = float(model.CLIP), bf16
 
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        output = layer(x)
-    saved -= {w.untyped_storage() for w in layer.parameters()}
-    return output, saved.nbytes
+    def run(self, number: int, x: Tensor) -> Tensor:
+        """The output of that layer; of the last one the loss."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            with in_a_line(f"layer {number}"):
+                x = self.layers[number](x)
+            with in_a_line("my_loss"):
+                return self.loss(x, self.y) if number == len(self.layers) - 1 else x
+
+    def update(self, number: int) -> None:
+        """What a step does with the gradients of that layer."""
+        gradients = [w.grad for w in self.weights[number] if w.grad is not None]
+        if gradients:
+            norm = nn.utils.get_total_norm(gradients)
+            nn.utils.clip_grads_with_norm_(self.weights[number], self.clip, norm)
+            self.optimizers[number].step()
+            self.optimizers[number].zero_grad(set_to_none=False)
+
+    def round(self, halves: bool, update: bool) -> np.ndarray:
+        """Train on the microbatch: all layers forward, then backward, so that caches are cold.
+
+        Returns [layer, kind of KINDS] in milliseconds: F; B, or with halves I and W, as PyTorch's
+        engine splits a backward; U, if asked for. NaN: not measured.
+        """
+        took = np.zeros((len(self.layers), len(KINDS)))
+        missing = ("B" if halves else "IW") + "U" * (not update)
+        took[:, [KINDS.index(kind) for kind in missing]] = math.nan
+
+        def timed(number: int, kind: str, work: Callable[[], Any]) -> Any:
+            start = now(self.device)
+            with in_a_line(f"layer {number}, {kind}"):
+                result = work()
+            took[number, KINDS.index(kind)] = 1000 * (now(self.device) - start)
+            return result
+
+        x, runs = self.x, list[tuple[Tensor, Tensor]]()
+        for number in range(len(self.layers)):
+            given = x.detach().requires_grad_(number > 0 and x.is_floating_point())
+            x = timed(number, "F", partial(self.run, number, given.clone()))
+            runs.append((given, x))
+        gradient = None  # of the loss
+        for number, (given, x) in reversed([*enumerate(runs)]):
+            weights = self.weights[number]
+            if halves and given.requires_grad:
+                output = [x], [gradient] if gradient is not None else None
+                work = partial(stage_backward_input, *output, [given], iter(weights))
+                _, groups = timed(number, "I", work)
+                timed(number, "W", partial(stage_backward_weight, iter(weights), groups))
+            elif x.requires_grad:  # the engine does not split that of the first layer
+                back = partial(torch.autograd.backward, x, gradient)
+                timed(number, "W" if halves else "B", back)
+            gradient = given.grad
+        for number in range(len(self.layers) if update else 0):
+            timed(number, "U", partial(self.update, number))
+        return took
+
+    def rounds(self, tell: Callable[[str], object]) -> np.ndarray:
+        """[round, layer, kind]: as many as it takes until both halves of them say the same.
+
+        All ranks of a group measure at the same time, as in a run all are busy, and equally long.
+        UserError: they never do.
+        """
+        self.round(halves=False, update=True), self.round(halves=True, update=True)  # warm up
+        rounds, start, told = list[np.ndarray](), now(self.device), 0
+        while True:
+            for number in range(10):
+                rounds.append(self.round(halves=number % 2 == 1, update=number == 9))
+            seconds = now(self.device) - start
+            both = torch.tensor([apart(rounds), seconds])
+            if dist.is_initialized():
+                dist.all_reduce(both, dist.ReduceOp.MAX)
+            differ, seconds = both.tolist()
+            if (seconds > LEAST and differ < AGREED) or seconds > MOST:
+                break
+            if seconds // 5 > told:
+                told = seconds // 5
+                tell(f"   {len(rounds)} rounds in {seconds:.0f} s: halves differ by {differ:.0%}")
+        if differ > APART:
+            why = f"the first and the second half of the time differ by {differ:.0%}"
+            raise UserError(f"too noisy to trust: {why}: is something else running here?")
+        return np.stack(rounds)
+
+    def describe(self) -> Iterator[Layer]:
+        """Names and bytes of the layers, without times."""
+        x = self.x
+        for number, layer in enumerate(self.layers):
+            given = x.detach().requires_grad_(number > 0 and x.is_floating_point())
+            saved = Storages()
+
+            def note(tensor: Tensor, saved: Storages = saved) -> Tensor:
+                saved.note([tensor])
+                return tensor
+
+            with saved_tensors_hooks(note, lambda tensor: tensor):
+                x = self.run(number, given)
+            saved -= {w.untyped_storage() for w in layer.parameters()}
+            parts = layer if isinstance(layer, nn.Sequential) else [layer]
+            name = "+".join(type(part).__name__ for part in parts)
+            weights = sum(w.nbytes for w in layer.parameters())
+            yield Layer(name, 0, 0, x.nbytes, weights, saved.nbytes)
+
+    def messages(self, layers: list[Layer]) -> list[float]:
+        """Seconds from rank 0 to rank 1 of what each layer sends; 0 for the last one's loss."""
+        took, x = dict[float, float](), self.x.detach()
+        for number, layer in enumerate(layers[:-1]):
+            work = partial(self.run, number, x)
+            with torch.no_grad():
+                sent = work()
+                if layer.activation not in took:
+                    took[layer.activation] = measure_message(sent, work) / 1000
+            x = sent
+        return [*(took[layer.activation] for layer in layers[:-1]), 0.0]
+
+
+def time_layers(
+    network: Network,
+    draw: Callable[[int], object],
+    tell: Callable[[str], object] = lambda line: None,
+) -> tuple[list[Layer], list[float]]:
+    """The layers with their times, and by which part of F and B the rounds of each vary (+-).
+
+    All ranks of a group call this, and get the same: the mean of what they measured. draw(number)
+    makes a batch, which takes its time once per step, as the update does: it is added to that of
+    layer 0. tell(line) is called every five seconds.
+    """
+    layers = [*network.describe()]
+    rounds = network.rounds(tell)
+    first, third = np.nanquantile(rounds[:, :, :2], (0.25, 0.75), axis=0)
+    mean = np.nanmean(rounds, axis=0)  # not the median: a run is the sum of all, slow ones too
+    spread = (third - first).sum(axis=1) / mean[:, :2].sum(axis=1) / 2
+    drawn = [now(network.device)]
+    for number in range(1, 6):
+        draw(number)
+        drawn.append(now(network.device))
+    mean[0, KINDS.index("U")] += 1000 * np.diff(drawn).mean()
+    times, messages = torch.from_numpy(mean), [0.0] * len(layers)
+    if dist.is_initialized():
+        dist.all_reduce(times)
+        times /= dist.get_world_size()
+        messages = network.messages(layers) if dist.get_world_size() > 1 else messages
+    timed = []
+    for layer, row, message in zip(layers, times / 1000, messages, strict=True):
+        f, b, i, w, u = row.tolist()
+        halves = {"input_gradient": i, "weight_gradient": w}
+        timed.append(layer._replace(forward=f, backward=b, update=u, message=message, **halves))
+    return timed, spread.tolist()
+
+
+@contextlib.contextmanager
+def in_a_line(what: str) -> Iterator[None]:
+    """Whatever the reader's functions raise becomes a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"{what}: {type(error).__name__}: {text}") from None
+
+
+def apart(rounds: list[np.ndarray]) -> float:
+    """By which part of the whole do the means of the first and the second half differ?"""
+    half = len(rounds) // 2
+    one, other = (
+        np.nanmean(np.array(some)[..., :2], axis=0) for some in (rounds[:half], rounds[half:])
+    )
+    return 2 * abs(one - other).sum() / (one + other).sum()

@@ -27,6 +27,8 @@ class Model(NamedTuple):
     input: Callable[[], Tensor]  # makes what the first layer gets
     ends: tuple[int, int]  # layers before and after those that an even cut counts
     about: list[str]  # its parts, what was changed, what is not counted
+    file: Any = None  # the module, where it is the reader's
+    heads: int = 1  # of attention, among which a layer can be split; of a file this is not known
 
 
 def load_model(model: str, config: dict) -> Model:
@@ -74,7 +76,7 @@ def from_config(name: str, found: dict, config: dict) -> Model:
     sizes = f"embedding, {public.blocks} blocks and head; microbatches of {rows} x"
     about = [f"{sizes} {public.sequence:,} tokens", *about, *public.notes]
     ids = partial(torch.zeros, rows, public.sequence, dtype=torch.int64)
-    return Model(name, [*public.layers, TokenLoss], ids, (1, 2), about)
+    return Model(name, [*public.layers, TokenLoss], ids, (1, 2), about, heads=public.heads)
 
 
 # ------------------------------------------------------------------------------- the reader's file
@@ -115,8 +117,9 @@ def from_python(path: Path, config: dict) -> Model:
     about = [f"{len(layers)} layers; microbatches of {size} x {(*x.shape[1:],)}"]
     layers = tied_together(layers, getattr(module, "TIED", []), name)
     if loss := getattr(module, "my_loss", None):
-        return Model(name, [*layers, lambda: OwnLoss(loss, y)], lambda: x, (0, 1), about)
-    return Model(name, layers, lambda: x, (0, 0), [*about, "it has no my_loss: no loss is counted"])
+        return Model(name, [*layers, lambda: OwnLoss(loss, y)], lambda: x, (0, 1), about, module)
+    about.append("it has no my_loss: no loss is counted")
+    return Model(name, layers, lambda: x, (0, 0), about, module)
 
 
 Tie = Sequence[tuple[int, str]]  # parameters that are one: layer and name

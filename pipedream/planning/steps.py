@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from pipedream.schedules.plans import PLAN_CONFIG, make_plan, run_rows
-from pipedream_simple import Op, UserError
+from pipedream_simple import UserError
 
 from .profiles import Layer, sent_after
 from .search import best_partition
@@ -59,29 +59,33 @@ def time_step(
     num_microbatches: int,
     bandwidth: float | None = None,
 ) -> float:
-    """Seconds, with stages that begin with these layers.
+    """Seconds, with stages that begin with these layers, on PyTorch's engine.
 
-    As in examples/pipeline.py all GPUs wait for each other before the update, since clipping needs
-    the norm of all gradients.
+    That asks for a message right before the op that needs it, so no message is hidden: it counts as
+    a part of that op. And all GPUs wait for each other before the update, since clipping needs the
+    norm of all gradients.
     """
-    spans = [layers[first:end] for first, end in pairwise([*firsts, len(layers)])]
-    times: dict[str, list[float]] = {kind: [0.0] * len(spans) for kind in "FBIWU"}
-    for stage, span in enumerate(spans):
-        for layer in span:
-            w = layer.backward / 2 if layer.weight_gradient is None else layer.weight_gradient
-            costs = layer.forward, layer.backward, layer.backward - w, w, layer.update
-            for kind, seconds in zip("FBIWU", costs, strict=True):
-                times[kind][stage] += seconds
-    ends = [span[-1] for span in spans]
-
-    def sends(op: Op) -> float:
-        """A gradient goes back through the cut in front of its stage."""
-        layer = ends[op.stage - (op.kind != "F")]
-        return 2 * sent_after(layer) / bandwidth if bandwidth else layer.message or 0.0
-
     sizes = {"num_stages": gpus, "layers_per_stage": 2, "chunks_per_gpu": 2, "num_batches": 1}
     sizes |= {"num_microbatches": num_microbatches, "batch_size": num_microbatches}
     plan = make_plan({**PLAN_CONFIG, "schedule": schedule, **sizes})
-    events, _ = run_rows(plan.schedule, plan.config, plan.pairs, times, sends)
+    home = {op.stage: gpu for gpu, row in enumerate(plan.schedule) for op in row}
+    spans = [layers[first:end] for first, end in pairwise([*firsts, len(layers)])]
+    sums = [[sum(costs) for costs in zip(*map(costs_of_ops, span), strict=True)] for span in spans]
+    times = dict(zip("FBIWU", map(list, zip(*sums, strict=True)), strict=True))
+    for stage in range(1, len(spans)):
+        if home[stage] != home[stage - 1]:
+            layer = spans[stage - 1][-1]
+            message = 2 * sent_after(layer) / bandwidth if bandwidth else layer.message or 0
+            times["F"][stage] += message
+            times["B"][stage - 1] += message
+            times["I"][stage - 1] += message
+    events, _ = run_rows(plan.schedule, plan.config, plan.pairs, times)
     updates = (sum(times["U"][s] for s in {op.stage for op in row}) for row in plan.schedule)
     return max(event.end for event in events if event.op.kind != "U") + max(updates)
+
+
+def costs_of_ops(layer: Layer) -> tuple[float, float, float, float, float]:
+    """Seconds of F, B, I, W and U."""
+    halves = layer.input_gradient, layer.weight_gradient
+    i, w = (layer.backward / 2 if half is None else half for half in halves)
+    return layer.forward, layer.backward, i, w, layer.update

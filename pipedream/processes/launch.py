@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, TypeVar
 
+import torch
 import torch.distributed as dist
 
 import pipedream
@@ -129,6 +130,19 @@ def become_rank() -> None:
     logging.disable()  # when a rank fails, PyTorch would print the whole schedule
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+
+
+def place(name: str, local_rank: int, processes_here: int) -> torch.device:
+    """The device of a rank: a GPU of its own, if every process on this machine can have one."""
+    num_gpus = torch.cuda.device_count()
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={name!r} is one GPU, and every process needs its own: try cuda")
+    if name != "cpu" and num_gpus >= processes_here:
+        return torch.device("cuda", local_rank)
+    if name == "cuda":
+        needed = f"{processes_here} processes need a GPU each, torch finds {num_gpus}"
+        raise UserError(f"device='cuda': {needed}: try cpu")
+    return torch.device("cpu")
 
 
 def say(text: str) -> None:
