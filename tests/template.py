@@ -33,6 +33,13 @@ class Turned(nn.Module):
         return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+class View(nn.Module):
+    """Returns its input's memory in another shape."""
+
+    def forward(self, x):
+        return x.flatten(1).view(x.shape)
+
+
 class Again(nn.Module):
     """A third layer with the weight of the embedding."""
 

@@ -199,9 +199,16 @@ def test_old_gradients_are_worth_a_try_where_the_time_is_what_a_late_batch_costs
 
 
 def test_pipedream_2bw_is_compared_where_it_delays_by_one_batch_and_else_pipedream():
-    found = ways({"1f1b": 2, "pipedream 2BW": 1.0, "pipedream 2019": 0.5})
+    found = ways({"gpipe": 2, "pipedream 2BW": 1.0, "pipedream 2019": 0.5})
     for number, name in ((3, "pipedream 2BW"), (2, "pipedream 2019")):  # four stages
         said, *_ = choose(found, PIPELINE._replace(microbatches=number), 1)
         assert f"times as long as {name}." in said[1]
     said, *_ = choose(ways({"1f1b": 2, "pipedream 2BW": 1.0}, **{"pipedream 2BW": 2}), PIPELINE, 1)
     assert said[1].endswith("No: pipedream 2BW does not fit.")
+
+
+def test_1f1b_is_not_advised_with_fewer_microbatches_than_pytorch_takes():
+    found = ways({"1f1b": 1.0, "gpipe": 1.5})
+    for number, name in ((4, "1f1b"), (3, "gpipe")):  # four stages
+        _, best, _ = choose(found, PIPELINE._replace(microbatches=number), 1)
+        assert best.name == name

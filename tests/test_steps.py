@@ -1,11 +1,15 @@
 """How long is a step, simulated with measured times? Closed forms, and what plan makes of it."""
 
+from unittest.mock import MagicMock
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from template import pipeline
+from torch.distributed.pipelining import schedules
 
 from pipedream.planning.profiles import Layer, write_chain
-from pipedream.planning.steps import ONE_EACH, measured_rate, possible_steps, time_step
+from pipedream.planning.steps import ONE_EACH, TWO_EACH, measured_rate, possible_steps, time_step
 
 TIMES = st.tuples(*[st.integers(0, 50)] * 6)
 
@@ -99,6 +103,27 @@ def test_the_planner_says_which_schedule_and_how_to_train_with_it(run, tmp_path)
     few = run("plan", "my.csv", "--gpus", 8, "--straight", "--microbatches", 16)
     assert "8 layers cannot be cut into 16 stages" in " ".join(few.out.split())
     assert few.out.splitlines()[-1].endswith("--schedule 1f1b --microbatches 16")
+    few = run("plan", "my.csv", "--gpus", 8, "--straight", "--microbatches", 6)
+    assert "Left out: 1f1b: PyTorch's engine asks for 8 microbatches." in few.out
+    assert few.out.splitlines()[-1].endswith("--schedule gpipe --microbatches 6")
     for flag in ("--microbatches 0", "--microbatches x", "--bandwidth 0"):
         result = run("plan", "my.csv", "--gpus", 2, "--straight", *flag.split())
         assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("schedule", [*ONE_EACH, *TWO_EACH])
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 4, 5, 6, 8])
+def test_pytorch_takes_what_is_advised(schedule, microbatches):
+    """Of what plan simulates on two GPUs, PyTorch's engine refuses nothing."""
+    one, count = schedule in ONE_EACH, 2 if schedule in ONE_EACH else 4
+    layers = [layer(1, 2, 1, 1, message=0)] * 4
+    simulated = {step.schedule for step in possible_steps(layers, 2, microbatches)[0]}
+    facts = {"num_stages": count, "group_size": 2, "group_rank": 0, "has_backward": True}
+    stages = [MagicMock(stage_index=index, **facts) for index in (0, count - 1)]
+    make = schedules.get_schedule_class(pipeline.SCHEDULES[schedule])
+    try:
+        make(stages[0] if one else stages, microbatches)
+    except ValueError:
+        assert schedule not in simulated
+    else:
+        assert schedule in simulated or "interleaved" in schedule

@@ -42,6 +42,7 @@ CHANGES = {
     "dropout": "model.DROPOUT = 0.2\nmodel.LAYERS[2] = Luck\n"
     "model.LAYERS[3] = lambda: model.Block().eval()",
     "in place": "model.LAYERS[4] = lambda: nn.ReLU(inplace=True)",
+    "views": "model.LAYERS[1] = model.LAYERS[3] = model.LAYERS[5] = View",  # ends of stages
     "two dtypes": "model.LAYERS[2:5] = [Single] * 3",  # of three processes, one has no other
     "sgd": "model.my_optimizer = lambda weights: torch.optim.SGD(weights, 0.1, momentum=0.9)",
 }

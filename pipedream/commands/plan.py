@@ -40,7 +40,7 @@ TAKES = ""
 TIMES = ["computing", "all-reduce", "transfer"]
 LEGEND = """\
 Milliseconds per {unit}. in all: computing and all-reduce, or transfer if that takes longer; * is
-the slowest stage. in flight: {unit}es on each GPU, at most. GB, on each GPU: {holds} """
+the slowest stage. held: {unit}es in flight on each GPU, at most. GB, on each GPU: {holds} """
 KEPT_LEGEND = """\
 what the layers keep for its backward. Gradients and the optimizer's state come on top."""
 OUTPUT_LEGEND = """\
@@ -113,7 +113,7 @@ def format_partition(partition: Partition, layers: list[Layer], straight: bool) 
     noam = f"NOAM: {partition.stages[0].in_flight} (minibatches in flight on each GPU of stage 0)"
     stages, seconds = partition.stages, partition.slowest.seconds
     one_gpu, data_parallel = partition.one_gpu, partition.data_parallel
-    table = [["stage", "GPUs", "layers", *TIMES, "in all", "in flight", "GB"], *rows_of(partition)]
+    table = [["stage", "GPUs", "layers", *TIMES, "in all", "held", "GB"], *rows_of(partition)]
     cuts = [describe_cut(stage.last, layers[stage.last]) for stage in stages[:-1]]
     lines = [
         f"Plan: {'-'.join(str(stage.replicas) for stage in stages)}",

@@ -153,8 +153,8 @@ class Network:
         for number, (given, x) in reversed([*enumerate(runs)]):
             weights = self.weights[number]
             if halves and given.requires_grad:
-                output = [x], [gradient] if gradient is not None else None
-                work = partial(stage_backward_input, *output, [given], iter(weights))
+                end = [x.clone()], gradient if gradient is None else [gradient]  # it is detached
+                work = partial(stage_backward_input, *end, [given], iter(weights))
                 _, groups = timed(number, "I", work)
                 timed(number, "W", partial(stage_backward_weight, iter(weights), groups))
             elif x.requires_grad:  # the engine does not split that of the first layer

@@ -22,6 +22,7 @@ SIMPLEST = (  # of PyTorch's schedules, the simplest first
     *(NO_PIPELINE, "1f1b", "gpipe", "interleaved", "looped-bfs", "zb-h1", "zb-v"),
     *("interleaved-zb", "dualpipe-v"),
 )
+FEWEST = {"1f1b": 1, "dualpipe-v": 2}  # microbatches per GPU, or PyTorch refuses
 CLOSE = 1.05  # a simpler schedule may take so many times as long as the fastest
 MUCH = 1.5  # what a delay of one batch costs Adam, in batches: python -m pipedream staleness
 
@@ -102,8 +103,9 @@ def enough_gpus(case: Case) -> int:
 def choose(ways: list[Way], layout: Layout, memory: float) -> tuple[list[str], Way | None, str]:
     """What steps 5 and 6 say, a schedule of PyTorch, and its recompute: as little as can be."""
     fitting, kind = list[Way](), ""
+    known = [w for w in ways if w.name in SIMPLEST and enough(w.name, layout.stages, layout.each)]
     for kind in RECOMPUTE:
-        fitting = [way for way in ways if way.name in SIMPLEST and way.needs[kind].total <= memory]
+        fitting = [way for way in known if way.needs[kind].total <= memory]
         if fitting:
             break
     else:
@@ -117,6 +119,11 @@ def choose(ways: list[Way], layout: Layout, memory: float) -> tuple[list[str], W
         f"6. {TITLES[5]} {old_gradients(ways, best, kind, layout, memory)}",
     ]
     return said if layout.stages > 1 else [], best, kind
+
+
+def enough(schedule: str, gpus: int, microbatches: int) -> bool:
+    """Does PyTorch's engine take so few microbatches?"""
+    return microbatches >= FEWEST.get(schedule, 0) * gpus
 
 
 def old_gradients(ways: list[Way], best: Way, kind: str, layout: Layout, memory: float) -> str:

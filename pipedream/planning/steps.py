@@ -6,6 +6,7 @@ from typing import NamedTuple
 from pipedream.schedules.plans import PLAN_CONFIG, make_plan, run_rows
 from pipedream_simple import UserError
 
+from .decide import enough
 from .profiles import Layer, sent_after
 from .search import best_partition
 
@@ -30,17 +31,20 @@ def possible_steps(
     messages take what was measured.
     """
     rate = bandwidth or measured_rate(layers)
-    steps, reasons = list[Step](), list[str]()
+    steps, reasons = list[Step](), dict[str, list[str]]()
     for name in (*ONE_EACH, *TWO_EACH):
         number = gpus if name in ONE_EACH else 2 * gpus
         try:
+            if not enough(name, gpus, num_microbatches):
+                raise UserError(f"PyTorch's engine asks for {number} microbatches")
             stages = best_partition(layers, [number], [rate], straight=True).stages
             firsts = [stage.first for stage in stages]
             seconds = time_step(layers, firsts, name, gpus, num_microbatches, bandwidth)
             steps.append(Step(name, firsts, seconds))
         except UserError as error:
-            reasons.append(f"{name} is left out: {error}".replace("num_stages", "gpus"))
-    return steps, reasons
+            why = str(error).partition(": use")[0].replace("num_stages", "gpus")
+            reasons.setdefault(why.replace("num_m", "m"), []).append(name)
+    return steps, [f"Left out: {', '.join(names)}: {why}." for why, names in reasons.items()]
 
 
 def measured_rate(layers: list[Layer]) -> float:
