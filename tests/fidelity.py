@@ -8,7 +8,8 @@ whose sender goes on computing. Only then both train, with every schedule. Each 
 within one round, so it holds on a machine that is busy with other things. Nothing is asserted.
 
 Then three models of a reader's kind, each cut in two ways: their layers are measured as `profile`
-does, a step is simulated as `plan` does, and examples/pipeline.py takes such steps.
+does, before and after; a step is simulated as `plan` does; and examples/pipeline.py takes such
+steps. All of that in each of the rounds.
 """
 
 import statistics
@@ -32,6 +33,7 @@ import pipeline
 from pipedream.commands.distributed import message_beside_work, simulated_time, time_plain_training
 from pipedream.planning import clock
 from pipedream.planning.clock import Network, measure_stages, microbatch_size, time_layers
+from pipedream.planning.profiles import Layer
 from pipedream.planning.steps import time_step
 from pipedream.processes.engine import gather, run_rank
 from pipedream.schedules.plans import PLAN_CONFIG, make_plan
@@ -130,20 +132,26 @@ def real_step(model: SimpleNamespace, cut: tuple[int, ...], schedule: str) -> fl
     return (time.perf_counter() - start) / 6
 
 
+def measured(model: SimpleNamespace) -> list[Layer]:
+    """What `profile` measures."""
+    x, y, _ = model.my_batch(0)
+    few = len(x) // FLAGS["microbatches"]
+    return time_layers(Network(model, x[:few], y[:few], torch.device("cpu")), model.my_batch)[0]
+
+
 def compare_models(schedule: str = "1f1b") -> list[list[str]]:
     """Rows of a table: of each model and cut, a step in milliseconds, real and simulated."""
-    clock.LEAST, clock.MOST, clock.APART = 2, 4, 1  # ratios of a round hold where clocks vary
+    clock.LEAST, clock.MOST, clock.APART = 2, 3, 1  # before and after a run: it may be busy here
     took: dict[tuple, list[tuple[float, float]]] = {}
     for _ in range(ROUNDS):
         for name, model in MODELS.items():
-            x, y, _ = model.my_batch(0)
-            few = len(x) // FLAGS["microbatches"]
-            own = Network(model, x[:few], y[:few], torch.device("cpu"))
-            layers, _ = time_layers(own, model.my_batch)
+            before = measured(model)
             for cut in CUTS[name]:
-                simulated = time_step(layers, [*cut], schedule, 2, FLAGS["microbatches"])
-                pair = 1000 * real_step(model, cut, schedule), 1000 * simulated
-                took.setdefault((name, cut), []).append(pair)
+                real, after = real_step(model, cut, schedule), measured(model)
+                steps = [[*cut], schedule, 2, FLAGS["microbatches"]]
+                simulated = (time_step(before, *steps) + time_step(after, *steps)) / 2
+                took.setdefault((name, cut), []).append((1000 * real, 1000 * simulated))
+                before = after
     rows = []
     for (name, cut), pairs in took.items():
         real, simulated = map(list, zip(*pairs, strict=True))
