@@ -20,7 +20,7 @@ import torch
 
 from pipedream.backstage.text import progress
 from pipedream.planning.decide import Case, Found, choose, enough_gpus, walk
-from pipedream.planning.layouts import NO_PIPELINE, Layout, Need, Sizes, Way, way_of
+from pipedream.planning.layouts import NO_PIPELINE, Layout, Need, Sizes, Way, gigabytes, way_of
 from pipedream.planning.measuring import Measured, all_parameters, measure_layers
 from pipedream.planning.models import Model, load_model
 from pipedream_simple import UserError, check_value, count, format_table
@@ -162,7 +162,7 @@ def table_of(ways: list[Way], memory: float) -> list[list[str]]:
     table = [["", "PyTorch", "time", "GB", "per layer", "per stage", "again"]]
     for name, needs, times, _ in ways:
         sums = [need.total for need in needs.values()]
-        sizes = [f"{each / 1e9:.1f}{' +'[each <= memory]}" for each in sums]
+        sizes = [gigabytes(each) + " +"[each <= memory] for each in sums]
         time, again = (f"{times[kind]:.2f}" for kind in ("none", "layer"))
         table.append([name, PYTORCH.get(name, "-"), time, *sizes, again])
     return table
@@ -257,7 +257,7 @@ def what_is_missing(case: Case, found: Found) -> str:
         number = found.layout.replicas
         return f"Answer: nothing fits. It would, with a multiple of {number} as num_microbatches."
     enough = enough_gpus(case)
-    text = f"Answer: nothing fits. It takes {found.need / 1e9:.1f} GB at least, with recompute."
+    text = f"Answer: nothing fits. It takes {gigabytes(found.need)} GB at least, with recompute."
     return f"{text} {f'{enough} GPUs' if enough else 'Not even 256 GPUs'} would do."
 
 
@@ -266,9 +266,9 @@ def describe_answer(layout: Layout, best: Way, kind: str) -> str:
     text = f"Answer: {layout}"
     text += f", {best.name} (PyTorch: Schedule{PYTORCH[best.name]})" if layout.stages > 1 else ""
     text += f", recompute per {kind}" * (kind != "none")
-    text += f". GPU{gpu} holds {sum(sizes) / 1e9:.1f} GB{in_gb(sizes, Need._fields[1:])}."
+    text += f". GPU{gpu} holds {gigabytes(sum(sizes))} GB{in_gb(sizes, Need._fields[1:])}."
     if links := in_gb(sent, ("to replicas", "inside layers", "at cuts")):
-        text += f" A GPU sends {sum(sent) / 1e9:.1f} GB per batch{links} (not in the time)."
+        text += f" A GPU sends {gigabytes(sum(sent))} GB per batch{links} (not in the time)."
     return text + " The layers that stage 3 gathers are not counted." * (layout.zero == 3)
 
 
@@ -283,8 +283,8 @@ def flags_of(config: dict, costs: Costs, layout: Layout) -> str:
 
 def in_gb(sizes: Iterable[float], names: Iterable[str]) -> str:
     """A list of those that one can see."""
-    named = zip(names, (f"{size / 1e9:.1f}" for size in sizes), strict=True)
-    text = ", ".join(f"{name} {size}" for name, size in named if size != "0.0")
+    named = zip(names, sizes, strict=True)
+    text = ", ".join(f"{name} {gigabytes(size)}" for name, size in named if size)
     return f": {text}" if text else ""
 
 
@@ -292,10 +292,10 @@ def describe_stashing(ways: list[Way], whole: float) -> str:
     """whole: bytes of the weights of all layers."""
     needs = {way.name: way.needs["none"] for way in ways}
     paper, two_versions = needs["pipedream 2019"], needs.get("pipedream 2BW")
-    versions = (paper.weights + paper.stash) / 1e9
-    text = f"On GPU{paper.gpu} the weight versions of PipeDream (2019) take {versions:.1f} GB; "
-    text += f"the weights of the whole network take {whole / 1e9:.1f} GB."
+    versions = gigabytes(paper.weights + paper.stash)
+    text = f"On GPU{paper.gpu} the weight versions of PipeDream (2019) take {versions} GB; "
+    text += f"the weights of the whole network take {gigabytes(whole)} GB."
     if two_versions:
-        text += f" 2BW adds {two_versions.stash / 1e9:.1f} GB of weights"
-        text += f" to {two_versions.optimizer / 1e9:.1f} GB of the optimizer's state."
+        text += f" 2BW adds {gigabytes(two_versions.stash)} GB of weights"
+        text += f" to {gigabytes(two_versions.optimizer)} GB of the optimizer's state."
     return text

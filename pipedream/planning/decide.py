@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from .layouts import NO_PIPELINE, RECOMPUTE, Layout, Way
+from .layouts import NO_PIPELINE, RECOMPUTE, Layout, Way, gigabytes
 
 TITLES = (
     "Does it fit on one GPU?",
@@ -77,7 +77,7 @@ def walk(case: Case) -> tuple[list[str], Found]:
     said, all_found = list[str](), list[Found]()
     for title, (kind, tries) in zip(TITLES, candidates(case), strict=False):
         found = first_fit(case, tries, kind)
-        what = f"{found.need / 1e9:.1f} GB" + f" ({found.layout})" * (len(said) > 0)
+        what = f"{gigabytes(found.need)} GB" + f" ({found.layout})" * (len(said) > 0)
         if not found.fits and found.need <= case.memory:
             replicas = f"{found.layout.replicas} replicas"
             what += f" would do, but {case.batches[0]} microbatches are no multiple of {replicas}"

@@ -81,6 +81,11 @@ class Way(NamedTuple):
     sent: dict[str, list[float]]  # bytes in a batch: to replicas, inside layers, at cuts
 
 
+def gigabytes(size: float) -> str:
+    """72.3; of a small model 0.005."""
+    return f"{size / 1e9:.1f}" if size >= 5e7 else f"{size / 1e9:.1g}"
+
+
 # ------------------------------------------------------------------------------------- stages
 
 
