@@ -114,7 +114,7 @@ class Stage(nn.Module):
                 raise UserError(f"layer {place} returns a {type(x).__name__}: want one tensor")
         if x.is_floating_point() and self.training and not x.requires_grad:
             x.requires_grad_()  # of frozen layers: else zb-v would forget what comes behind them
-        return (x.clone() if x._is_view() else x).contiguous()  # zb-v detaches it in place
+        return x.clone(memory_format=torch.contiguous_format)  # zb-v may not detach a view
 
 
 def cut_into_stages(layers, size, args):

@@ -36,11 +36,11 @@ FLAGS = {
     "--bf16": "compute in bfloat16, as torch.autocast does",
 }
 LEGEND = """\
-   Milliseconds, means: of a microbatch forward (F) and backward (B), or backward
-   in PyTorch's halves, to the input (I) and to the weights (W); of an update,
-   once per batch; of the output as a message to another process. The update of
-   layer 0 includes the drawing of a batch, the last layer the loss. +-: half of
-   the rounds lie that close."""
+   Milliseconds, means. Of a microbatch: forward (F) and backward (B), or
+   backward in PyTorch's halves, to the input (I) and to the weights (W); of an
+   update, once per batch; of the output as a message to another process. The
+   update of layer 0 includes the drawing of a batch, the last layer the loss.
+   +-: half of the rounds lie that close."""
 KEYS = {
     "num_microbatches": 8,  # per batch; the times are those of one
     "device": "auto",  # auto (a GPU for each process, if there are so many), cpu or cuda
