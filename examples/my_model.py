@@ -3,7 +3,7 @@
 python examples/my_model.py --processes 2
 torchrun --nproc-per-node 2 examples/my_model.py --schedule zb-v --save checkpoints
 
-The example is a small causal transformer that learns the bytes of the README.
+The example is a small causal transformer that learns the bytes of the README (or of this file).
 """
 
 import sys
@@ -17,7 +17,8 @@ WIDTH, DEPTH, LENGTH, DROPOUT, IGNORED = 64, 4, 64, 0.1, -100
 BATCH, EVAL_BATCH = 32, 48  # sequences
 EVAL_EVERY, SAVE_EVERY = 50, 50  # steps
 CLIP, SEED = 1.0, 0  # the largest norm of the gradient; of first weights and dropout
-README = Path(__file__).resolve().parents[1] / "README.md"  # or any text
+README = Path(__file__).resolve().parents[1] / "README.md"
+TEXT = README if README.exists() else Path(__file__)  # or any other
 
 
 # Layers: each gets the tensor that the one before returns, and returns one of the same shape in
@@ -60,7 +61,7 @@ def my_batch(number: int, train: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     So it depends on the arguments alone, and a run that is resumed needs only its step.
     """
     generator = torch.Generator().manual_seed(2 * number + train)
-    text = torch.tensor([*README.read_bytes()])
+    text = torch.tensor([*TEXT.read_bytes()])
     text = text.unfold(0, LENGTH + 1, LENGTH)  # pieces; each tenth one is for evaluation
     tenth, rows = torch.arange(len(text)) % 10 == 0, BATCH if train else EVAL_BATCH
     text = text[tenth ^ train]

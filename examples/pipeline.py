@@ -464,8 +464,10 @@ def run(model, args):
     for step in range(first, stop):
         if os.getppid() != parent:
             raise UserError("what has started the processes is gone")
+        start = time.perf_counter()
         losses.append(pipeline.train(step))
-        say(f"step {step}: loss {losses[-1]:.6f}", flush=True)
+        took = 1000 * (time.perf_counter() - start)
+        say(f"step {step}: loss {losses[-1]:.6f} in {took:.0f} ms", flush=True)
         if (step + 1) % model.EVAL_EVERY == 0:
             losses.append(pipeline.evaluate())
             say(f"evaluation: loss {losses[-1]:.6f}", flush=True)

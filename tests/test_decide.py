@@ -65,7 +65,7 @@ def test_fit_with_the_flags_of_its_answer_gives_that_answer(run, flags):
     out = run("fit", *flags.split(), *" ".join(shown).split()).out
     assert answer_of(out) == (answer, gigabytes)
     assert f" {gigabytes}+" in out  # in the table
-    assert "As given" in out or not shown
+    assert "as you gave" in out or not shown
 
 
 # ------------------------------------------------------------------------------------ steps 1 to 4

@@ -330,7 +330,7 @@ def test_where_nothing_fits_it_says_what_would_do(run):
     assert "recompute per layer. GPU0" in run("fit", "--gpus", 1, "--memory", more).out
     assert "Not even 256\n   GPUs would do" in run("fit", "--gpus", 1, "--memory", 1e8).out
     out = run("fit", "--gpus", 2, "--replicas", 2).out  # these groups do not fit, others do
-    assert "1 to 4. As given: 2 replicas.\nAnswer: nothing fits. Without --replicas" in out
+    assert "1 to 4 are skipped, as you gave the division: 2 replicas.\nAnswer: nothing fits." in out
 
 
 def test_a_batch_that_replicas_cannot_share_is_told(run, mine):

@@ -115,7 +115,7 @@ def statuses(machines):
 
 
 def losses_of(text):
-    return [float(loss) for loss in re.findall(r"^step \d+: loss (.*)", text, re.MULTILINE)]
+    return [float(loss) for loss in re.findall(r"^step \d+: loss (\S+)", text, re.MULTILINE)]
 
 
 @pytest.fixture(scope="module")

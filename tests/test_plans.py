@@ -344,7 +344,7 @@ def test_all_plans_list_every_schedule_once_flushes_first():
     for name, why in {
         "interleaved": many,
         "interleaved-zb": many,
-        "dualpipe-v": "num_microbatches=2 must be at least 2 * num_stages=8",
+        "dualpipe-v": "num_microbatches=2 must be at least 8 (2 * num_stages)",
         "zb-v": "num_stages * layers_per_stage is 12 layers, which cannot be split evenly",
     }.items():
         assert f"{name} is left out: {why}" in told

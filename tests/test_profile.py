@@ -110,6 +110,7 @@ def model_of(*layers, loss=0.25):
 @pytest.fixture
 def hands(monkeypatch):
     monkeypatch.setattr(clock, "now", lambda device: Hands.time)
+    monkeypatch.setattr(clock, "ALONE", 0)  # this one never works
 
 
 def draw(number):
@@ -163,6 +164,20 @@ def test_what_does_not_settle_is_refused(hands, monkeypatch):
     assert 1.65 < layers[0].forward < 1.75  # the loss included
 
 
+def test_processes_that_did_not_have_a_core_each_are_refused(hands, monkeypatch):
+    """Rounds that all take as long may still be twice too long."""
+    x = torch.ones(2)
+    for part, good in ((0.9, True), (0.8, False)):
+        monkeypatch.setattr(clock, "ALONE", 0.85)
+        monkeypatch.setattr(clock.time, "process_time", lambda part=part: part * Hands.time)
+        network = Network(model_of(lambda: Hands(1, 1, 1)), x, x, CPU)
+        if good:
+            time_layers(network, draw)
+        else:
+            with pytest.raises(ValueError, match="had a core for 80% of the time"):
+                time_layers(network, draw)
+
+
 @pytest.mark.parametrize("change", ["layer", "my_loss", "LAYERS", "my_optimizer"])
 def test_what_the_readers_functions_raise_is_a_line(hands, change):
     def fails(*_):
@@ -204,9 +219,8 @@ if __name__ == "__main__":
 
 def test_the_command_measures_the_planner_cuts_and_the_template_trains(run, tmp_path, monkeypatch):
     """On a machine that is busy, so numbers that vary are taken here."""
-    (tmp_path / "mine.py").write_text(MODEL)
-    (tmp_path / "sitecustomize.py").write_text("")
-    noisy = "from pipedream.planning import clock\nclock.LEAST, clock.MOST, clock.APART = 0, 1, 9\n"
+    noisy = "from pipedream.planning import clock\n"
+    noisy += "clock.LEAST, clock.MOST, clock.APART, clock.ALONE = 0, 1, 9, 0\n"
     (tmp_path / "mine.py").write_text(MODEL.replace("import torch\n", f"import torch\n{noisy}", 1))
     status, out, err = run("profile", "mine.py", "mine.csv", process=True)
     assert (status, err) == (0, "")

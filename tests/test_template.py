@@ -434,7 +434,7 @@ def processes_of(path):
 
 
 def losses_of(lines):
-    return {int(step): float(loss) for step, loss in re.findall(r"step (\d+): loss (.*)", lines)}
+    return {int(step): float(loss) for step, loss in re.findall(r"step (\d+): loss (\S+)", lines)}
 
 
 def test_the_example_learns_more_than_how_frequent_each_byte_is():

@@ -116,7 +116,9 @@ def check_fit(config: dict) -> None:
         if config[key] % number:
             raise UserError(f"{key}={config[key]} must be a multiple of {why}")
     if zero and replicas == 1:
-        raise UserError(f"zero={zero} needs replicas: they divide what all of them have")
+        raise UserError(
+            f"zero={zero} needs replicas of 2 or more: they divide what all of them have"
+        )
 
 
 def layout_of(config: dict) -> Layout:
@@ -236,7 +238,7 @@ def advise(config: dict, costs: Costs, layout: Layout, given: bool) -> Iterator[
     ]
     case = Case(gpus, config["machine"], costs.model.heads, memory, batches, costs.need)
     if given:
-        yield f"1 to 4. As given: {layout}."
+        yield f"1 to 4 are skipped, as you gave the division: {layout}."
     else:
         said, found = walk(case)
         yield from said

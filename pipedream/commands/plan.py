@@ -81,14 +81,13 @@ def main(
 
 
 def format_steps(steps: list[Step], one_gpu: float, microbatches: int) -> list[str]:
-    what = (
-        f"A step of {count(microbatches, 'microbatch')} (--microbatches), simulated with messages"
-    )
+    what = f"A step of {count(microbatches, 'microbatch')} (--microbatches), each as large as those"
     table = [["schedule", "ms", "speed-up", "--cut"]]
     for schedule, firsts, seconds in steps:
         cut = " ".join(map(str, shorten(firsts, 7, "stages")))
         table.append([schedule, f"{1000 * seconds:.4g}", f"{one_gpu / seconds:.2f}x", cut])
-    return [f"{what};", f"on one GPU it takes {1000 * one_gpu:.4g} ms:", *format_table(table)]
+    alone = f"measured, simulated with messages; on one GPU it takes {1000 * one_gpu:.4g} ms:"
+    return [what, alone, *format_table(table)]
 
 
 def describe_best(steps: list[Step], microbatches: int, gpus: int) -> list[str]:
@@ -98,7 +97,8 @@ def describe_best(steps: list[Step], microbatches: int, gpus: int) -> list[str]:
     flags = f"--schedule {best.schedule} --microbatches {microbatches}"
     cut = " ".join(map(str, best.firsts))
     return [
-        "\nIf these are the LAYERS of your my_model.py, train them so:",
+        f"\nThe simplest within {CLOSE - 1:.0%} of the fastest. If these are the LAYERS of your",
+        "my_model.py, train them so:",
         f"--processes {gpus} --cut {cut} {flags}",
     ]
 
@@ -168,7 +168,7 @@ def describe_bottleneck(partition: Partition) -> str:
         text = f"The bottleneck is stage {stages.index(slowest)}, {most} {what}. Data "
         slower = partition.data_parallel / seconds
         alone = f"takes {slower:.2f} times as long" if slower >= 1.005 else "is as fast"
-        instead = "would be faster, but is ruled out" if slower < 1 else f"alone {alone}"
+        instead = "would be faster, but a flag rules it out" if slower < 1 else f"alone {alone}"
         text += f"parallelism {instead}."
     return text + " One GPU alone would be faster." * (partition.one_gpu < seconds)
 

@@ -75,11 +75,17 @@ def main(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    layers, spread = in_group(partial(measure_model, config, found, device, bf16), backend, 600)
-    if os.environ["RANK"] == "0":
-        if file:
-            write(file, lambda part: part.write_text(write_chain(layers), "utf-8"), model)
-        print(*format_profile(layers, spread, file), sep="\n", flush=True)
+    work = partial(measure_model, config, found, device, bf16)
+    try:
+        layers, spread = in_group(work, backend, 600)
+        if os.environ["RANK"] == "0":
+            if file:
+                write(file, lambda part: part.write_text(write_chain(layers), "utf-8"), model)
+            lines = format_profile(layers, spread, file, config["num_microbatches"])
+            print(*lines, sep="\n", flush=True)
+    except UserError as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # while Python takes itself down, a thread of gloo's may abort the process
 
 
 def load(config: dict, path: Path | None) -> Any:
@@ -111,12 +117,17 @@ def measure_model(
 ) -> tuple[list[Layer], list[float]]:
     x, y, *_ = model.my_batch(0)
     size = len(x) // config["num_microbatches"]
-    say(f"Measuring {count(len(model.LAYERS), 'layer')}, on microbatches of {size} rows ...\n")
+    whose = Path(getattr(model, "__file__", "the network of pipedream_simple.py")).name
+    layers = count(len(model.LAYERS), "layer")
+    say(f"Measuring {layers} of {whose},\n   on microbatches of {size} rows ...\n")
     network = Network(model, x[:size], y[:size], device, bf16)
     return time_layers(network, model.my_batch, lambda line: say(line + "\n"))
 
 
-def format_profile(layers: list[Layer], spread: list[float], file: Path | None) -> list[str]:
+def format_profile(
+    layers: list[Layer], spread: list[float], file: Path | None, microbatches: int
+) -> list[str]:
+    more = f" --microbatches {microbatches}" * (microbatches != 8)  # its default
     table = [["layer", "F", "B", "I", "W", "update", "message", "+-", "KiB sent", ""]]
     for number, (layer, part) in enumerate(zip(layers, spread, strict=True)):
         halves = layer.input_gradient, layer.weight_gradient
@@ -127,5 +138,5 @@ def format_profile(layers: list[Layer], spread: list[float], file: Path | None) 
         table.append([str(number), *cells, f"{part:.0%}", sent, name])
     lines = ["", *shorten(format_table(table), 40, "layers"), LEGEND]
     if file:
-        lines.append(f"\n{file}: now python -m pipedream plan {file} --gpus 2 --straight")
+        lines.append(f"\n{file}: now python -m pipedream plan {file} --gpus 2 --straight{more}")
     return lines

@@ -85,7 +85,8 @@ def measure_message(x: Tensor, work: Callable[[], object] = lambda: None) -> flo
 # ------------------------------------------------------------------------------------- layers
 
 KINDS = "FBIWU"
-AGREED, APART = 0.03, 0.1  # of the whole: two halves of the rounds differ by so much
+AGREED, APART = 0.03, 0.1  # parts of the whole by which the first and the second half may differ
+ALONE = 0.85  # part of the time in which a process must have had its core
 LEAST, MOST = 3, 30  # seconds
 
 
@@ -169,25 +170,28 @@ class Network:
         """[round, layer, kind]: as many as it takes until both halves of them say the same.
 
         All ranks of a group measure at the same time, as in a run all are busy, and equally long.
-        UserError: they never do.
+        UserError: they never do, or other programs took the cores.
         """
         self.round(halves=False, update=True), self.round(halves=True, update=True)  # warm up
-        rounds, start, told = list[np.ndarray](), now(self.device), 0
+        rounds, start, told, worked = list[np.ndarray](), now(self.device), 0, time.process_time()
         while True:
             for number in range(10):
                 rounds.append(self.round(halves=number % 2 == 1, update=number == 9))
             seconds = now(self.device) - start
-            both = torch.tensor([apart(rounds), seconds])
+            idle = 1 - (time.process_time() - worked) / seconds
+            worst = torch.tensor([apart(rounds), idle, seconds])
             if dist.is_initialized():
-                dist.all_reduce(both, dist.ReduceOp.MAX)
-            differ, seconds = both.tolist()
+                dist.all_reduce(worst, dist.ReduceOp.MAX)
+            differ, idle, seconds = worst.tolist()
             if (seconds > LEAST and differ < AGREED) or seconds > MOST:
                 break
             if seconds // 5 > told:
                 told = seconds // 5
                 tell(f"   {len(rounds)} rounds in {seconds:.0f} s: halves differ by {differ:.0%}")
-        if differ > APART:
-            why = f"the first and the second half of the time differ by {differ:.0%}"
+        if differ > APART or (self.device.type == "cpu" and idle > 1 - ALONE):
+            why = f"the two halves of the time differ by {differ:.0%} (at most {APART:.0%})"
+            if differ <= APART:
+                why = f"a process had a core for {1 - idle:.0%} of the time (at least {ALONE:.0%})"
             raise UserError(f"too noisy to trust: {why}: is something else running here?")
         return np.stack(rounds)
 

@@ -112,7 +112,8 @@ def from_python(path: Path, config: dict) -> Model:
         what = "LAYERS, a list of functions, and my_batch(number): tensors x and y, and a count"
         raise UserError(f"{name} must have {what}: {one_line(error)}") from None
     if config["microbatch_size"] is None and rows % parts:
-        rule = f"num_microbatches={parts} must divide its {rows} rows, or give --microbatch_size"
+        rule = f"num_microbatches={parts} must divide its {rows} rows"
+        rule += ", or give --microbatch_size" * ("gpus" in config)  # fit
         raise UserError(f"my_batch of {name}: {rule}")
     about = [f"{len(layers)} layers; microbatches of {size} x {(*x.shape[1:],)}"]
     layers = tied_together(layers, getattr(module, "TIED", []), name)

@@ -261,7 +261,7 @@ def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory)
     num_layers, num_gpus = len(layers), math.prod(gpus)
     if straight and num_gpus > num_layers:
         stages = f"{count(num_layers, 'layer')} cannot be cut into {num_gpus} stages"
-        raise UserError(f"{stages}: use fewer GPUs, or replicas (without straight)")
+        raise UserError(f"{stages}: use fewer GPUs, or replicas (without --straight)")
     steps = count_steps(num_layers, gpus, straight, memory is not None)
     if steps > MOST_STEPS or num_layers**2 * num_gpus > MOST_KEPT:
         what = f"{count(num_layers, 'layer')} on {count(num_gpus, 'GPU')}"

@@ -1,5 +1,6 @@
 """How long does a step take, with which schedule and which cut? Simulated with measured times."""
 
+import functools
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from .decide import enough
 from .profiles import Layer, sent_after
 from .search import best_partition
 
+MOST_SIMULATED = 16_384  # GPUs * microbatches
 ONE_EACH = "1f1b", "gpipe"  # with one stage per GPU; with two:
 TWO_EACH = "interleaved", "looped-bfs", "zb-v", "interleaved-zb", "dualpipe-v"
 
@@ -32,15 +34,22 @@ def possible_steps(
     """
     rate = bandwidth or measured_rate(layers)
     steps, reasons = list[Step](), dict[str, list[str]]()
+    if gpus * num_microbatches > MOST_SIMULATED:
+        what = f"microbatches={num_microbatches} * gpus={gpus}"
+        raise UserError(f"{what} must be at most {MOST_SIMULATED:,}")
+
+    @functools.cache
+    def cut(number: int) -> list[int]:
+        stages = best_partition(layers, [number], [rate], straight=True).stages
+        return [stage.first for stage in stages]
+
     for name in (*ONE_EACH, *TWO_EACH):
         number = gpus if name in ONE_EACH else 2 * gpus
         try:
             if not enough(name, gpus, num_microbatches):
                 raise UserError(f"PyTorch's engine asks for {number} microbatches")
-            stages = best_partition(layers, [number], [rate], straight=True).stages
-            firsts = [stage.first for stage in stages]
-            seconds = time_step(layers, firsts, name, gpus, num_microbatches, bandwidth)
-            steps.append(Step(name, firsts, seconds))
+            seconds = time_step(layers, cut(number), name, gpus, num_microbatches, bandwidth)
+            steps.append(Step(name, cut(number), seconds))
         except UserError as error:
             why = str(error).partition(": use")[0].replace("num_stages", "gpus")
             reasons.setdefault(why.replace("num_m", "m"), []).append(name)

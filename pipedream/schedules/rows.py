@@ -207,7 +207,7 @@ def dualpipe_v(device: int, num_devices: int, num_microbatches: int) -> Row:
     GPU1: F0 F0 F1 F1 F2 B0 F&2 B0 F&3 B1 F&3 B1 B2 B2 I3 I3 W3 W3
     """
     if num_microbatches < 2 * num_devices:
-        rule = f"must be at least 2 * num_stages={2 * num_devices} for dualpipe-v"
+        rule = f"must be at least {2 * num_devices} (2 * num_stages) for dualpipe-v"
         raise UserError(f"num_microbatches={num_microbatches} {rule}")
     down, up = device + 1, num_devices - 1 - device
     ops = "F-down " * 2 * up + "F-down F-up " * down + "I-up W-up F-up " * up  # warmup
