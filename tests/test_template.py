@@ -489,7 +489,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path):
             ),
             (),
             1,
-            "process 1: line 71 of my_model.py: KeyError: 'x'",
+            "process 1: line 72 of my_model.py: KeyError: 'x'",
         ),
         (
             (("        return self.dropout(", "        return 2, self.dropout("),),
