@@ -132,6 +132,20 @@ def test_every_layer_is_given_the_time_that_it_takes(hands):
     assert spread == [0] * 4
 
 
+def test_layers_may_be_frozen_work_in_place_or_return_their_input(hands):
+    """A frozen front has no backward; the first layer that is trained has one for its weights."""
+
+    def frozen():
+        return Hands(1, 2, 4).requires_grad_(False)
+
+    layers = [frozen, nn.Identity, lambda: Hands(1, 2, 4), lambda: nn.ReLU(inplace=True), frozen]
+    x = torch.ones(2)
+    found, _ = time_layers(Network(model_of(*layers), x, x, CPU), draw)
+    assert [layer.forward for layer in found] == [1, 0, 1, 0, 1.25]
+    assert [layer.backward for layer in found] == [0, 0, 6, 0, 2]
+    assert [layer.update for layer in found] == [0.125, 0, 0.5, 0, 0]
+
+
 def test_the_weights_stay_what_they_are(hands):
     model = model_of(lambda: Hands(1, 1, 1), lambda: Hands(1, 1, 1))
     model.my_optimizer = lambda weights: torch.optim.AdamW(weights, lr=0.1)

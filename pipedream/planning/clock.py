@@ -207,7 +207,7 @@ class Network:
                 return tensor
 
             with saved_tensors_hooks(note, lambda tensor: tensor):
-                x = self.run(number, given)
+                x = self.run(number, given.clone())  # a layer may change it
             saved -= {w.untyped_storage() for w in layer.parameters()}
             parts = layer if isinstance(layer, nn.Sequential) else [layer]
             name = "+".join(type(part).__name__ for part in parts)
