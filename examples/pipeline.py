@@ -423,6 +423,7 @@ def main(model):
         if os.environ.keys() >= LAUNCHED:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback
             run(model, args)
+            os._exit(0)  # while Python takes itself down, a thread of gloo's may abort the process
         else:
             start(args.processes or 2)
     except (KeyboardInterrupt, SignalException):

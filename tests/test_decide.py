@@ -207,6 +207,33 @@ def test_pipedream_2bw_is_compared_where_it_delays_by_one_batch_and_else_pipedre
     assert said[1].endswith("No: pipedream 2BW does not fit.")
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "llama-3.2-1b --memory 17.3e9 --machine 1 --num_microbatches 3 --microbatch_size 3"
+        " --sequence 2048 --layers 20",
+        "--gpus 96 --memory 3.06e9 --machine 1 --num_microbatches 24 --microbatch_size 8"
+        " --sequence 128 --layers 16",
+        "--gpus 2 --machine 1 --num_microbatches 5 --layers 8 --sequence 2048 --memory 20.582e9",
+    ],
+)
+def test_the_answer_fits_as_the_step_before_has_said(run, flags):
+    """Also with fewer microbatches than stages, or a number that PyTorch refuses for some."""
+    text = " ".join(run("fit", *flags.split()).out.partition("\n1. ")[2].split())
+    assert "Yes: " in text
+    assert "nothing fits" not in text
+    assert ("recompute per" in text) == ("4. Does it fit with recompute? Yes" in text)
+    assert not ("--num_microbatches 5" in flags and "zb-h1" in text.partition("5. ")[2])
+
+
+def test_so_many_gpus_would_do_and_they_do(run):
+    small = ["--microbatch_size", 64, "--num_microbatches", 8, "--sequence", 512]
+    small += ["--memory", 0.95e9]
+    said = " ".join(run("fit", "--gpus", 16, *small).out.split())
+    enough = re.search(r"(Not even )?(\d+) GPUs would do", said)
+    assert enough[1] or "nothing fits" not in run("fit", "--gpus", enough[2], *small).out
+
+
 def test_1f1b_is_not_advised_with_fewer_microbatches_than_pytorch_takes():
     found = ways({"1f1b": 1.0, "gpipe": 1.5})
     for number, name in ((4, "1f1b"), (3, "gpipe")):  # four stages

@@ -366,6 +366,19 @@ def test_what_is_tied_counts_once(run, mine):
     assert f"{14 * WIDTH * WIDTH:,} parameters" in run("fit", mine(three), "--gpus", 2).out
 
 
+def test_a_weight_that_two_stages_share_is_added_up_between_them(mine, tmp_path, monkeypatch):
+    """An all-reduce among two sends its gradient once from each, in fp32."""
+    monkeypatch.chdir(tmp_path)
+    config = {**KEYS, "gpus": 2}
+    layout, sent = fit.layout_of(config), []
+    for text in (FILE, FILE + "TIED = [((0, 'weight'), (15, 'weight'))]\n"):
+        costs = fit.Costs(config, mine(text))
+        sent.append(costs.way("1f1b", layout).sent["none"])
+    assert sent[1][2] - sent[0][2] == 4 * WIDTH * WIDTH
+    inside = FILE + "TIED = [((0, 'weight'), (1, 'weight'))]\n"  # of one stage
+    assert fit.Costs(config, mine(inside)).way("1f1b", layout).sent["none"][2] == sent[0][2]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -411,6 +424,7 @@ def test_a_file_that_cannot_be_measured_gets_one_line(run, mine, text, words):
         *("gpt2.json --sequence 4096", "list.json", "broken.json", "other.json", "deep.json"),
         *("--layers 2 --gpus 10 --even True --replicas 2", "--precision fp32 --gradients bf16"),
         "--sequence 10000000 --microbatch_size 10000000",
+        "--gpus 9 --replicas 9 --zero 3 --num_microbatches 36",  # no equal groups inside a machine
     ],
 )
 def test_bad_input_gets_one_line(run, mine, tmp_path, flags):

@@ -1,5 +1,6 @@
 """The clock: what profile measures of the reader's layers, and the file for the planner."""
 
+import itertools
 import os
 import re
 import signal
@@ -10,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
+from ranks import in_processes
 from torch import nn
 
 from pipedream.commands import profile
@@ -142,8 +145,71 @@ def test_layers_may_be_frozen_work_in_place_or_return_their_input(hands):
     x = torch.ones(2)
     found, _ = time_layers(Network(model_of(*layers), x, x, CPU), draw)
     assert [layer.forward for layer in found] == [1, 0, 1, 0, 1.25]
-    assert [layer.backward for layer in found] == [0, 0, 6, 0, 2]
+    assert [layer.backward for layer in found] == [0, 0, 4, 0, 2]  # W alone
     assert [layer.update for layer in found] == [0.125, 0, 0.5, 0, 0]
+
+
+def test_gradients_are_clipped_before_an_update(hands):
+    norms = []
+
+    class Noting(torch.optim.SGD):
+        def step(self):
+            weights = [w for group in self.param_groups for w in group["params"]]
+            norms.append(max(w.grad.norm().item() for w in weights if w.grad is not None))
+
+    model, x = model_of(lambda: Hands(1, 1, 1)), torch.full((4,), 10.0)
+    model.my_optimizer, model.CLIP = lambda weights: Noting(weights, 0.1), 0.5
+    time_layers(Network(model, x, x, CPU), draw)
+    assert norms
+    assert max(norms) <= 0.5
+
+
+def test_layers_train_and_compute_in_bfloat16_where_that_is_asked(hands):
+    seen = set()
+
+    class Noting(nn.Linear):
+        def forward(self, x):
+            x = super().forward(x)
+            seen.add((self.training, x.dtype))
+            return x
+
+    x = torch.ones(2, 3)
+    for bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        seen.clear()
+        Network(model_of(lambda: Noting(3, 3)), x, x, CPU, bf16).round(halves=False, update=True)
+        assert seen == {(True, dtype)}
+
+
+def test_the_spread_is_half_of_the_distance_between_the_quartiles(hands):
+    """F takes 1 or 3 s, in turn; the loss 0.25: so 2.25 in the mean, and 1 to each side."""
+    times = itertools.cycle([1, 1, 3, 3])
+
+    class Varies(Hands):
+        def forward(self, x):
+            self.times = next(times), 0, 0
+            return super().forward(x)
+
+    x = torch.ones(2)
+    _, spread = time_layers(Network(model_of(lambda: Varies(1, 1, 1)), x, x, CPU), draw)
+    assert spread == pytest.approx([1 / 2.25], rel=0.05)
+
+
+def time_on_a_rank():
+    """Rank 1 is three times as slow; a message takes as many ms as it has bytes."""
+    clock.now = lambda device: Hands.time
+    clock.ALONE, clock.measure_message = 0, lambda x, work: float(x.nbytes)
+    slow = 1 + 2 * dist.get_rank()
+    layers = [lambda: Hands(slow, 0, 2 * slow), lambda: nn.Linear(2, 4), nn.Flatten]
+    model, x = model_of(*layers, loss=0), torch.ones(1, 2)
+    return [layer[:] for layer in time_layers(Network(model, x, x, CPU), draw)[0]]
+
+
+def test_ranks_agree_on_the_mean_and_each_size_has_its_message():
+    first, second = in_processes(2, time_on_a_rank)
+    assert first == second
+    layers = [Layer(*cells) for cells in first]
+    assert (layers[0].forward, layers[0].weight_gradient) == (2, 4)
+    assert [layer.message for layer in layers] == [0.008, 0.016, 0]
 
 
 def test_the_weights_stay_what_they_are(hands):
@@ -176,6 +242,14 @@ def test_what_does_not_settle_is_refused(hands, monkeypatch):
     monkeypatch.setattr(clock, "MOST", 1e9)
     layers, _ = time_layers(Network(model_of(lambda: Settles(1, 1, 1)), x, x, CPU), draw)
     assert 1.65 < layers[0].forward < 1.75  # the loss included
+
+
+def test_they_must_agree_three_times_in_a_row(hands, monkeypatch):
+    said = iter([0.0, 0.0, 0.2, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(clock, "apart", lambda rounds: next(said))
+    x = torch.ones(2)
+    Network(model_of(lambda: Hands(0.1, 0, 0)), x, x, CPU).rounds(lambda line: None)
+    assert next(said, None) is None
 
 
 def test_processes_that_did_not_have_a_core_each_are_refused(hands, monkeypatch):
@@ -234,7 +308,7 @@ if __name__ == "__main__":
 def test_the_command_measures_the_planner_cuts_and_the_template_trains(run, tmp_path, monkeypatch):
     """On a machine that is busy, so numbers that vary are taken here."""
     noisy = "from pipedream.planning import clock\n"
-    noisy += "clock.LEAST, clock.MOST, clock.APART, clock.ALONE = 0, 1, 9, 0\n"
+    noisy += "clock.EACH, clock.MOST, clock.APART, clock.ALONE = 0.1, 1, 9, 0\n"
     (tmp_path / "mine.py").write_text(MODEL.replace("import torch\n", f"import torch\n{noisy}", 1))
     status, out, err = run("profile", "mine.py", "mine.csv", process=True)
     assert (status, err) == (0, "")

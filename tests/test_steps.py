@@ -5,11 +5,13 @@ from unittest.mock import MagicMock
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from template import pipeline
 from torch.distributed.pipelining import schedules
 
+from pipedream.commands.fit import PYTORCH
+from pipedream.planning.decide import SIMPLEST, refused
 from pipedream.planning.profiles import Layer, write_chain
-from pipedream.planning.steps import ONE_EACH, TWO_EACH, measured_rate, possible_steps, time_step
+from pipedream.planning.steps import ONE_EACH, measured_rate, most_kept, possible_steps, time_step
+from pipedream_simple import Op
 
 TIMES = st.tuples(*[st.integers(0, 50)] * 6)
 
@@ -80,7 +82,7 @@ def test_a_given_bandwidth_replaces_what_was_measured():
     assert time_step(layers, [0, 1], "1f1b", 2, 1) == pytest.approx(7)
     assert time_step(layers, [0, 1], "1f1b", 2, 1, 200.0) == pytest.approx(6 + 2 * 1)
     assert measured_rate(layers) == 2 * 100 / 0.5
-    with pytest.raises(ValueError, match="no message_ms: give --bandwidth"):
+    with pytest.raises(ValueError, match="no times of messages: give --bandwidth"):
         possible_steps([Layer("x", 1, 1, 1, 1)] * 2, 2, 8)
 
 
@@ -111,19 +113,68 @@ def test_the_planner_says_which_schedule_and_how_to_train_with_it(run, tmp_path)
         assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
 
 
-@pytest.mark.parametrize("schedule", [*ONE_EACH, *TWO_EACH])
-@pytest.mark.parametrize("microbatches", [1, 2, 3, 4, 5, 6, 8])
-def test_pytorch_takes_what_is_advised(schedule, microbatches):
-    """Of what plan simulates on two GPUs, PyTorch's engine refuses nothing."""
-    one, count = schedule in ONE_EACH, 2 if schedule in ONE_EACH else 4
-    layers = [layer(1, 2, 1, 1, message=0)] * 4
-    simulated = {step.schedule for step in possible_steps(layers, 2, microbatches)[0]}
-    facts = {"num_stages": count, "group_size": 2, "group_rank": 0, "has_backward": True}
-    stages = [MagicMock(stage_index=index, **facts) for index in (0, count - 1)]
-    make = schedules.get_schedule_class(pipeline.SCHEDULES[schedule])
-    try:
-        make(stages[0] if one else stages, microbatches)
-    except ValueError:
-        assert schedule not in simulated
-    else:
-        assert schedule in simulated or "interleaved" in schedule
+@pytest.mark.parametrize("schedule", SIMPLEST[1:])
+@pytest.mark.parametrize("gpus", [2, 3, 4])
+def test_pytorch_refuses_what_is_said(schedule, gpus):
+    """Its engine is made for each number of microbatches, on stages that do nothing."""
+    one = schedule in (*ONE_EACH, "zb-h1")
+    places = [0] if one else [0, 2 * gpus - 1] if schedule.endswith("-v") else [0, gpus]
+    facts = {"num_stages": gpus if one else 2 * gpus, "group_size": gpus, "group_rank": 0}
+    stages = [MagicMock(stage_index=place, has_backward=True, **facts) for place in places]
+    make = schedules.get_schedule_class(PYTORCH[schedule])
+    for microbatches in range(1, 3 * gpus + 2):
+        try:
+            make(stages[0] if schedule in ONE_EACH else stages, microbatches)
+        except ValueError:
+            assert refused(schedule, gpus, microbatches)
+        else:
+            assert not refused(schedule, gpus, microbatches)
+
+
+def test_no_schedule_keeps_more_than_the_memory_on_a_gpu():
+    """Two stages of a GPU share its memory, and GPipe holds all microbatches."""
+    layers = [layer(1, 2, 1, 1, message=1e-3)] * 4  # 8 bytes of weights, and 8 kept, each
+    kept = {"1f1b": 16 + 2 * 16, "gpipe": 16 + 8 * 16, "zb-v": 16 + 4 * 8}
+    for name, most in kept.items():
+        firsts = [0, 2] if name in ONE_EACH else [0, 1, 2, 3]
+        time_step(layers, firsts, name, 2, 8, None, most)
+        with pytest.raises(ValueError, match=f"keeps {most / 1e9:.4g} GB"):
+            time_step(layers, firsts, name, 2, 8, None, most - 1)
+    row = [Op(0, kind, m, 0) for kind, m in ("F0", "F1", "I0", "F2", "W0", "B1", "I2", "W2")]
+    assert most_kept(row, [layers[:1]]) == 8 + 3 * 8  # a W still needs what its F has kept
+    steps, reasons = possible_steps(layers, 2, 8, None, 48)
+    assert {"1f1b", "zb-v"} <= {step.schedule for step in steps}
+    assert "gpipe" not in {step.schedule for step in steps}
+    assert any("gpipe" in reason and "keeps" in reason for reason in reasons)
+
+
+def test_the_flags_at_the_end_keep_within_the_memory(run, tmp_path):
+    """Layers of 8 MB: the fastest cut puts three on a GPU, which has room for two."""
+    times = [1e-3, 1e-3, 1e-3, 3e-3]
+    layers = [layer(t, 2 * t, t, t, message=1e-6)._replace(weights=8e6) for t in times]
+    (tmp_path / "heavy.csv").write_text(write_chain(layers))
+    out = run("plan", "heavy.csv", "--gpus", 2, "--straight", "--memory", 17e6).out
+    assert "--cut 0 3 " not in out.splitlines()[-1]
+    for memory, firsts in ((17e6, [0, 2]), (None, [0, 3])):
+        assert possible_steps(layers, 2, 8, None, memory)[0][0].firsts == firsts
+
+
+def test_nothing_is_said_about_an_all_reduce_that_was_not_measured(run, tmp_path):
+    layers = [*[layer(0.001, 0.002, message=1e-5)] * 3, layer(0.001, 0.002)]
+    (tmp_path / "my.csv").write_text(write_chain(layers))
+    (tmp_path / "one.csv").write_text(write_chain(layers[3:]))
+    assert "parallelism" not in run("plan", "my.csv", "--gpus", 2, "--straight").out
+    known = run("plan", "my.csv", "--gpus", 2, "--straight", "--bandwidth", 1e9).out
+    assert "data parallelism" in known
+    for flags in ("my.csv --gpus 2", "one.csv --gpus 1 --straight"):
+        status, out, err = run("plan", *flags.split())
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "give --bandwidth" in err
+
+
+@pytest.mark.parametrize("field", ["update", "message", "weight_gradient", "sent"])
+def test_numbers_of_a_profile_are_numbers(field):
+    layers = [layer(1, 2, message=1e-3)] * 4
+    layers[1] = layers[1]._replace(**{field: float("nan")})
+    with pytest.raises(ValueError, match=f"layer 1: {field}"):
+        possible_steps(layers, 2, 8)

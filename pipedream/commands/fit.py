@@ -11,6 +11,7 @@ follows from what layers keep and from the rows of the schedules; times are FLOP
 table is of a pipeline over all GPUs, or of the groups that you give; below it is the advice.
 """
 
+import contextlib
 import math
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -19,8 +20,17 @@ from typing import Any
 import torch
 
 from pipedream.backstage.text import progress
-from pipedream.planning.decide import Case, Found, choose, enough_gpus, walk
-from pipedream.planning.layouts import NO_PIPELINE, Layout, Need, Sizes, Way, gigabytes, way_of
+from pipedream.planning.decide import SIMPLEST, Case, Found, choose, enough_gpus, refused, walk
+from pipedream.planning.layouts import (
+    MOST_SIMULATED,
+    NO_PIPELINE,
+    Layout,
+    Need,
+    Sizes,
+    Way,
+    gigabytes,
+    way_of,
+)
 from pipedream.planning.measuring import Measured, all_parameters, measure_layers
 from pipedream.planning.models import Model, load_model
 from pipedream_simple import UserError, check_value, count, format_table
@@ -53,7 +63,7 @@ FIT_RULES: dict[str, Any] = {
     **{"precision": PRECISION, "gradients": ["fp32", "bf16"], "optimizer": STATE_BYTES},
     "even": [True, False],
 }
-MOST = {("gpus", "num_microbatches"): 16_384, ("microbatch_size", "sequence"): 10_000_000}
+MOST = {("gpus", "num_microbatches"): MOST_SIMULATED, ("microbatch_size", "sequence"): 10_000_000}
 MAY_BE_NONE = "microbatch_size", "sequence", "layers"
 GROUPS = "replicas", "tensor", "zero"
 
@@ -115,10 +125,10 @@ def check_fit(config: dict) -> None:
     ):
         if config[key] % number:
             raise UserError(f"{key}={config[key]} must be a multiple of {why}")
-    if zero and replicas == 1:
-        raise UserError(
-            f"zero={zero} needs replicas of 2 or more: they divide what all of them have"
-        )
+    if zero and layout_of(config).shards == 1:
+        what = f"zero={zero}, replicas={replicas}, machine={config['machine']}"
+        rule = "replicas of 2 or more" if replicas == 1 else "equal groups inside a machine"
+        raise UserError(f"{what}: it needs {rule}")
 
 
 def layout_of(config: dict) -> Layout:
@@ -219,11 +229,16 @@ class Costs:
         return ways, reasons
 
     def need(self, layout: Layout, kind: str) -> float:
-        """Bytes on the fullest GPU; infinite where the layers cannot be cut so."""
-        try:
-            return self.way("1f1b", layout).needs[kind].total
-        except UserError:
-            return math.inf
+        """Bytes on the fullest GPU in 1F1B, or where PyTorch refuses that, in what needs least.
+
+        Infinite where the layers cannot be cut so.
+        """
+        names = [name for name in SIMPLEST[1:] if not refused(name, layout.stages, layout.each)]
+        least = math.inf
+        for name in names[: 1 if "1f1b" in names else None]:
+            with contextlib.suppress(UserError):
+                least = min(least, self.way(name, layout).needs[kind].total)
+        return least
 
 
 # ------------------------------------------------------------------------------------- advice
@@ -232,7 +247,7 @@ class Costs:
 def advise(config: dict, costs: Costs, layout: Layout, given: bool) -> Iterator[str]:
     """The steps of decide.py, up to the one that answers, and the answer."""
     gpus, number, memory = config["gpus"], config["num_microbatches"], config["memory"]
-    most = max(number, min(1024, 16_384 // gpus))
+    most = max(number, min(1024, MOST_SIMULATED // gpus))
     batches = [
         number << n for n in range(11) if number << n <= most and costs.rows % (number << n) == 0
     ]
@@ -269,7 +284,7 @@ def describe_answer(layout: Layout, best: Way, kind: str) -> str:
     text += f", {best.name} (PyTorch: Schedule{PYTORCH[best.name]})" if layout.stages > 1 else ""
     text += f", recompute per {kind}" * (kind != "none")
     text += f". GPU{gpu} holds {gigabytes(sum(sizes))} GB{in_gb(sizes, Need._fields[1:])}."
-    if links := in_gb(sent, ("to replicas", "inside layers", "at cuts")):
+    if links := in_gb(sent, ("to replicas", "inside layers", "between stages")):
         text += f" A GPU sends {gigabytes(sum(sent))} GB per batch{links} (not in the time)."
     return text + " The layers that stage 3 gathers are not counted." * (layout.zero == 3)
 

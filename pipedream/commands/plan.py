@@ -15,6 +15,7 @@ parallelism. `Plan: 15-1` is a stage on 15 GPUs and one on a single GPU; `Plan: 
 parallelism. Paper: PipeDream (SOSP 2019).
 """
 
+import math
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from pipedream_simple import UserError, check_value, count, format_table
 FLAGS = {
     "PROFILE": "what the layers cost",
     "--gpus N ...": "GPUs; or GPUs per machine, machines",
-    "--bandwidth B ...": "bytes per second of a GPU's link; then of a machine's; or as measured",
+    "--bandwidth B ...": "bytes per second of a GPU's link; then of a machine's",
     "--straight": "one GPU per stage, and a flush per batch",
     "--memory BYTES": "of each GPU",
     "--microbatches N": "per step, for the times of steps with --straight (8)",
@@ -42,7 +43,8 @@ LEGEND = """\
 Milliseconds per {unit}. in all: computing and all-reduce, or transfer if that takes longer; * is
 the slowest stage. held: {unit}es in flight on each GPU, at most. GB, on each GPU: {holds} """
 KEPT_LEGEND = """\
-what the layers keep for its backward. Gradients and the optimizer's state come on top."""
+what the layers keep for its backward, twice where two layers keep the same tensor. Gradients and
+the optimizer's state come on top."""
 OUTPUT_LEGEND = """\
 the outputs of the layers, as the profile has no kept_bytes. A real layer keeps several times its
 output; gradients and the optimizer's state come on top."""
@@ -62,8 +64,17 @@ def main(
     if not isinstance(profile, str | Path):
         raise UserError(f"profile={profile!r} must be the path of a file")
     layers = read_profile(Path(profile))
+    if bandwidth is None and not straight:
+        raise UserError("without --straight give --bandwidth: no all-reduce was measured")
     rates = [measured_rate(layers)] if bandwidth is None else bandwidth
     partition = best_partition(layers, gpus, rates, straight, memory)
+    if bandwidth is None:  # messages do not say how long an all-reduce takes
+        partition = partition._replace(data_parallel=math.inf)
+    steps, reasons = list[Step](), list[str]()
+    if straight and len(partition.stages) > 1:
+        slowest = min(bandwidth) if bandwidth else None
+        sizes = len(partition.stages), microbatches, slowest, memory
+        steps, reasons = possible_steps(layers, *sizes)
     print(format_partition(partition, layers, straight))
     print(textwrap.fill(describe_bottleneck(partition), 80))
     try:
@@ -71,9 +82,7 @@ def main(
         print(textwrap.fill(describe_run(partition, took, straight), 80))
     except UserError as error:
         print(f"Not simulated: {error}.")
-    if straight and len(partition.stages) > 1:
-        slowest = min(bandwidth) if bandwidth else None
-        steps, reasons = possible_steps(layers, len(partition.stages), microbatches, slowest)
+    if steps:
         one_gpu = sum(microbatches * (c.forward + c.backward) + c.update for c in layers)
         print("", *format_steps(steps, one_gpu, microbatches), sep="\n")
         print(*(textwrap.fill(reason, 80) for reason in reasons), sep="\n")
@@ -113,6 +122,10 @@ def format_partition(partition: Partition, layers: list[Layer], straight: bool) 
     noam = f"NOAM: {partition.stages[0].in_flight} (minibatches in flight on each GPU of stage 0)"
     stages, seconds = partition.stages, partition.slowest.seconds
     one_gpu, data_parallel = partition.one_gpu, partition.data_parallel
+    against = [
+        f"Speed-up over data parallelism ({data_parallel:.9f} s): {data_parallel / seconds:.2f}x",
+        f"Speed-up of data parallelism over one GPU: {one_gpu / data_parallel:.2f}x",
+    ]
     table = [["stage", "GPUs", "layers", *TIMES, "in all", "held", "GB"], *rows_of(partition)]
     cuts = [describe_cut(stage.last, layers[stage.last]) for stage in stages[:-1]]
     lines = [
@@ -126,8 +139,7 @@ def format_partition(partition: Partition, layers: list[Layer], straight: bool) 
         *[BRANCHES] * (not all(layer.feeds_next for layer in layers[:-1])),
         *[noam] * (not straight),
         f"Speed-up over one GPU ({one_gpu:.9f} s): {one_gpu / seconds:.2f}x",
-        f"Speed-up over data parallelism ({data_parallel:.9f} s): {data_parallel / seconds:.2f}x",
-        f"Speed-up of data parallelism over one GPU: {one_gpu / data_parallel:.2f}x",
+        *(against if data_parallel < math.inf else []),
         "",
     ]
     return "\n".join(lines)
@@ -165,11 +177,11 @@ def describe_bottleneck(partition: Partition) -> str:
         text += f"{share:.0%} of its time on {what}."
     else:
         most = f"which spends {share:.0%} of its time on" if share < 0.995 else "limited by"
-        text = f"The bottleneck is stage {stages.index(slowest)}, {most} {what}. Data "
+        text = f"The bottleneck is stage {stages.index(slowest)}, {most} {what}."
         slower = partition.data_parallel / seconds
         alone = f"takes {slower:.2f} times as long" if slower >= 1.005 else "is as fast"
         instead = "would be faster, but a flag rules it out" if slower < 1 else f"alone {alone}"
-        text += f"parallelism {instead}."
+        text += f" Data parallelism {instead}." * (partition.data_parallel < math.inf)
     return text + " One GPU alone would be faster." * (partition.one_gpu < seconds)
 
 

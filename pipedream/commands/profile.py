@@ -137,6 +137,9 @@ def format_profile(
         sent = f"{layer.activation / 1024:,.0f}"
         table.append([str(number), *cells, f"{part:.0%}", sent, name])
     lines = ["", *shorten(format_table(table), 40, "layers"), LEGEND]
+    front = next((n for n, layer in enumerate(layers) if layer.backward), 0)
+    if any(layer.weights for layer in layers[:front]):
+        lines.append("   Frozen layers in front run no backward: true of the first stage only.")
     if file:
         lines.append(f"\n{file}: now python -m pipedream plan {file} --gpus 2 --straight{more}")
     return lines

@@ -1,6 +1,7 @@
 """What do ops, messages and layers take here? Measured."""
 
 import contextlib
+import itertools
 import math
 import statistics
 import time
@@ -87,7 +88,7 @@ def measure_message(x: Tensor, work: Callable[[], object] = lambda: None) -> flo
 KINDS = "FBIWU"
 AGREED, APART = 0.03, 0.1  # parts of the whole by which the first and the second half may differ
 ALONE = 0.85  # part of the time in which a process must have had its core
-LEAST, MOST = 3, 30  # seconds
+CHECKS, EACH, MOST = 3, 1, 30  # so often in a row they must agree; seconds between, and in all
 
 
 class Network:
@@ -103,13 +104,13 @@ class Network:
             self.layers = [make().to(device).train() for make in model.LAYERS]
         self.weights = [[w for w in layer.parameters() if w.requires_grad] for layer in self.layers]
         with in_a_line("my_optimizer"):
-            self.optimizers: list[Any] = [
-                model.my_optimizer(own) if own else None for own in self.weights
-            ]
-        for optimizer in filter(None, self.optimizers):
+            spare = nn.Parameter(torch.zeros(1, 1))  # it has no gradient, but no list is empty
+            self.optimizers = [model.my_optimizer([*own, spare]) for own in self.weights]
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] *= 1e-9  # after many rounds the weights are still what they were
-        self.clip, self.bf16 = float(model.CLIP), bf16
+        with in_a_line("CLIP"):
+            self.clip, self.bf16 = float(model.CLIP), bf16
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """The output of that layer; of the last one the loss."""
@@ -147,7 +148,7 @@ class Network:
 
         x, runs = self.x, list[tuple[Tensor, Tensor]]()
         for number in range(len(self.layers)):
-            given = x.detach().requires_grad_(number > 0 and x.is_floating_point())
+            given = x.detach().requires_grad_(x.requires_grad)
             x = timed(number, "F", partial(self.run, number, given.clone()))
             runs.append((given, x))
         gradient = None  # of the loss
@@ -158,7 +159,7 @@ class Network:
                 work = partial(stage_backward_input, *end, [given], iter(weights))
                 _, groups = timed(number, "I", work)
                 timed(number, "W", partial(stage_backward_weight, iter(weights), groups))
-            elif x.requires_grad:  # the engine does not split that of the first layer
+            elif x.requires_grad:  # the engine does not split that of the first one to be trained
                 back = partial(torch.autograd.backward, x, gradient)
                 timed(number, "W" if halves else "B", back)
             gradient = given.grad
@@ -173,21 +174,22 @@ class Network:
         UserError: they never do, or other programs took the cores.
         """
         self.round(halves=False, update=True), self.round(halves=True, update=True)  # warm up
-        rounds, start, told, worked = list[np.ndarray](), now(self.device), 0, time.process_time()
-        while True:
-            for number in range(10):
-                rounds.append(self.round(halves=number % 2 == 1, update=number == 9))
-            seconds = now(self.device) - start
-            idle = 1 - (time.process_time() - worked) / seconds
-            worst = torch.tensor([apart(rounds), idle, seconds])
+        rounds, checks, told = list[np.ndarray](), 0, 0.0
+        seconds = worked = longest = 0.0
+        while checks < CHECKS and longest < MOST:
+            start, before = now(self.device), time.process_time()
+            while (took := now(self.device) - start) < EACH or len(rounds) < 10:
+                for number in range(10):
+                    rounds.append(self.round(halves=number % 2 == 1, update=number == 9))
+            seconds, worked = seconds + took, worked + time.process_time() - before
+            worst = torch.tensor([apart(rounds), 1 - worked / seconds, seconds])
             if dist.is_initialized():
                 dist.all_reduce(worst, dist.ReduceOp.MAX)
-            differ, idle, seconds = worst.tolist()
-            if (seconds > LEAST and differ < AGREED) or seconds > MOST:
-                break
-            if seconds // 5 > told:
-                told = seconds // 5
-                tell(f"   {len(rounds)} rounds in {seconds:.0f} s: halves differ by {differ:.0%}")
+            differ, idle, longest = worst.tolist()
+            checks = checks + 1 if differ < AGREED else 0
+            if longest // 5 > told:
+                told = longest // 5
+                tell(f"   {len(rounds)} rounds in {longest:.0f} s: halves differ by {differ:.0%}")
         if differ > APART or (self.device.type == "cpu" and idle > 1 - ALONE):
             why = f"the two halves of the time differ by {differ:.0%} (at most {APART:.0%})"
             if differ <= APART:
@@ -199,7 +201,7 @@ class Network:
         """Names and bytes of the layers, without times."""
         x = self.x
         for number, layer in enumerate(self.layers):
-            given = x.detach().requires_grad_(number > 0 and x.is_floating_point())
+            given = x.detach().requires_grad_(x.requires_grad)
             saved = Storages()
 
             def note(tensor: Tensor, saved: Storages = saved) -> Tensor:
@@ -208,7 +210,8 @@ class Network:
 
             with saved_tensors_hooks(note, lambda tensor: tensor):
                 x = self.run(number, given.clone())  # a layer may change it
-            saved -= {w.untyped_storage() for w in layer.parameters()}
+            there = itertools.chain(layer.parameters(), layer.buffers())
+            saved -= {tensor.untyped_storage() for tensor in there}
             parts = layer if isinstance(layer, nn.Sequential) else [layer]
             name = "+".join(type(part).__name__ for part in parts)
             weights = sum(w.nbytes for w in layer.parameters())
@@ -218,11 +221,11 @@ class Network:
         """Seconds from rank 0 to rank 1 of what each layer sends; 0 for the last one's loss."""
         took, x = dict[float, float](), self.x.detach()
         for number, layer in enumerate(layers[:-1]):
-            work = partial(self.run, number, x)
             with torch.no_grad():
-                sent = work()
+                sent = self.run(number, x.clone())
                 if layer.activation not in took:
-                    took[layer.activation] = measure_message(sent, work) / 1000
+                    work, message = partial(self.run, number, x.clone()), sent.contiguous().clone()
+                    took[layer.activation] = measure_message(message, work) / 1000
             x = sent
         return [*(took[layer.activation] for layer in layers[:-1]), 0.0]
 
@@ -245,7 +248,8 @@ def time_layers(
     spread = (third - first).sum(axis=1) / mean[:, :2].sum(axis=1) / 2
     drawn = [now(network.device)]
     for number in range(1, 6):
-        draw(number)
+        with in_a_line("my_batch"):
+            draw(number)
         drawn.append(now(network.device))
     mean[0, KINDS.index("U")] += 1000 * np.diff(drawn).mean()
     times, messages = torch.from_numpy(mean), [0.0] * len(layers)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from .layouts import NO_PIPELINE, RECOMPUTE, Layout, Way, gigabytes
+from .layouts import MOST_SIMULATED, NO_PIPELINE, RECOMPUTE, Layout, Way, gigabytes
 
 TITLES = (
     "Does it fit on one GPU?",
@@ -23,6 +23,7 @@ SIMPLEST = (  # of PyTorch's schedules, the simplest first
     *("interleaved-zb", "dualpipe-v"),
 )
 FEWEST = {"1f1b": 1, "dualpipe-v": 2}  # microbatches per GPU, or PyTorch refuses
+IN_ROUNDS = "interleaved", "interleaved-zb", "zb-h1"  # about as many at a time as there are GPUs
 CLOSE = 1.05  # a simpler schedule may take so many times as long as the fastest
 MUCH = 1.5  # what a delay of one batch costs Adam, in batches: python -m pipedream staleness
 
@@ -35,7 +36,7 @@ class Case(NamedTuple):
     heads: int  # of attention, which tensor parallelism divides
     memory: float
     batches: list[int]  # microbatches in a batch: the number given, then more and smaller ones
-    need: Callable[[Layout, str], float]  # bytes in 1F1B, with that recompute; inf: impossible
+    need: Callable[[Layout, str], float]  # bytes, with that recompute; inf: impossible
 
 
 class Found(NamedTuple):
@@ -93,7 +94,9 @@ def walk(case: Case) -> tuple[list[str], Found]:
 def enough_gpus(case: Case) -> int:
     """Twice as many, and again, until it fits with recompute; 0: not even 256 would do."""
     for gpus in (case.gpus << n for n in range(1, 9) if case.gpus << n <= 256):
-        more = case._replace(gpus=gpus, batches=case.batches[-1:])
+        if not (batches := [number for number in case.batches if gpus * number <= MOST_SIMULATED]):
+            return 0
+        more = case._replace(gpus=gpus, batches=batches[-1:])
         *_, (kind, tries) = candidates(more)
         if first_fit(more, tries, kind).fits:
             return gpus
@@ -103,7 +106,8 @@ def enough_gpus(case: Case) -> int:
 def choose(ways: list[Way], layout: Layout, memory: float) -> tuple[list[str], Way | None, str]:
     """What steps 5 and 6 say, a schedule of PyTorch, and its recompute: as little as can be."""
     fitting, kind = list[Way](), ""
-    known = [w for w in ways if w.name in SIMPLEST and enough(w.name, layout.stages, layout.each)]
+    sizes = layout.stages, layout.each
+    known = [way for way in ways if way.name in SIMPLEST and not refused(way.name, *sizes)]
     for kind in RECOMPUTE:
         fitting = [way for way in known if way.needs[kind].total <= memory]
         if fitting:
@@ -121,9 +125,14 @@ def choose(ways: list[Way], layout: Layout, memory: float) -> tuple[list[str], W
     return said if layout.stages > 1 else [], best, kind
 
 
-def enough(schedule: str, gpus: int, microbatches: int) -> bool:
-    """Does PyTorch's engine take so few microbatches?"""
-    return microbatches >= FEWEST.get(schedule, 0) * gpus
+def refused(schedule: str, gpus: int, microbatches: int) -> str:
+    """Why PyTorch's engine does not take so many microbatches; nothing where it does."""
+    fewest, rounds = FEWEST.get(schedule, 0) * gpus, max(1, microbatches // gpus)
+    if microbatches < fewest:
+        return f"PyTorch's engine asks for {fewest} microbatches"
+    if schedule in IN_ROUNDS and microbatches % rounds:
+        return f"PyTorch's engine asks for a multiple of {rounds} microbatches"
+    return ""
 
 
 def old_gradients(ways: list[Way], best: Way, kind: str, layout: Layout, memory: float) -> str:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from pipedream.backstage.measures import peak_versions
-from pipedream.backstage.sent import sent_in_layers, sent_to_replicas
+from pipedream.backstage.sent import in_ring, sent_in_layers, sent_to_replicas
 from pipedream.schedules.plans import PLAN_CONFIG, Plan, make_plan, run_rows
 from pipedream_simple import Op, UserError, count
 
@@ -19,6 +19,7 @@ from .search import best_partition
 
 RECOMPUTE = "none", "layer", "stage"
 NO_PIPELINE = "no pipeline"
+MOST_SIMULATED = 16_384  # GPUs * microbatches
 Sizes = tuple[int, int, int]  # bytes of a weight, its gradient, and the optimizer's state
 
 
@@ -224,9 +225,12 @@ def sent_by(
     layout: Layout,
     blocks: set[int],
 ) -> Iterator[list[float]]:
-    """Of each GPU, bytes in a batch: to replicas, inside layers (these blocks), at cuts."""
+    """Of each GPU, bytes in a batch: to replicas, inside layers (these blocks), between stages."""
     gpu_of = {op.stage: gpu for gpu, row in enumerate(plan.schedule) for op in row}
     cuts = [stage for stage in range(1, len(stages)) if gpu_of[stage] != gpu_of[stage - 1]]
+    home = {n: gpu_of[number] for number, stage in enumerate(stages) for n in stage.layers}
+    every = {n: layer for stage in stages for n, layer in stage.layers.items()}
+    ties = [(each.tied, {home[n], home[each.tied_to]}) for n, each in every.items() if each.tied]
     for gpu in range(len(plan.schedule)):
         mine = [stages[stage] for stage in gpu_of if gpu_of[stage] == gpu]
         own, trained = parameters_on(mine)
@@ -235,8 +239,10 @@ def sent_by(
         far = sent_to_replicas(layout.replicas // layout.shards, 0, 0, gradients / layout.shards)
         here = {n: layer for stage in mine for n, layer in stage.layers.items()}
         split = layout.each * sum(here[n].output for n in blocks & {*here})
-        ends = [stages[cut] for cut in cuts if gpu in (gpu_of[cut - 1], gpu_of[cut])]
-        sent = layout.each * sum(stage.layers[min(stage.layers)].input for stage in ends)
+        behind = [stages[cut] for cut in cuts if gpu in (gpu_of[cut - 1], gpu_of[cut])]
+        sent: float = layout.each * sum(stage.layers[min(stage.layers)].input for stage in behind)
+        for tied, ends in ties:  # their gradients are added up
+            sent += 2 * in_ring(2, tied * sizes[1]) * (gpu in ends and len(ends) == 2)
         inside = sent_in_layers(layout.tensor, split, forwards)
         yield [(near + far) / layout.tensor, inside, sent / layout.tensor]
 

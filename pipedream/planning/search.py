@@ -251,9 +251,8 @@ def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory)
     if not isinstance(layers, list) or not all(isinstance(layer, Layer) for layer in layers):
         raise UserError(f"layers={shown(layers)} must be a list of Layer, as of read_profile")
     for number, layer in enumerate(layers):
-        for key in ("forward", "backward", "activation", "weights", "kept", "sent"):
-            value = getattr(layer, key)
-            if value is not None or key not in ("kept", "sent"):
+        for key, value in zip(Layer._fields[1:-1], layer[1:-1], strict=True):
+            if value is not None or Layer._field_defaults.get(key, 0) is not None:
                 check_value(f"layer {number}: {key}", value, AMOUNT)
     if not any(layer.forward + layer.backward for layer in layers):
         raise UserError("no layer takes any time")
@@ -265,6 +264,7 @@ def check_request(layers: list[Layer], gpus, bandwidths, straight: bool, memory)
     steps = count_steps(num_layers, gpus, straight, memory is not None)
     if steps > MOST_STEPS or num_layers**2 * num_gpus > MOST_KEPT:
         what = f"{count(num_layers, 'layer')} on {count(num_gpus, 'GPU')}"
+        what = what.replace("GPU", "stage") if straight else what
         raise UserError(f"{what} would take minutes to plan: use fewer GPUs, or join layers")
 
 
