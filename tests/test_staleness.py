@@ -11,14 +11,22 @@ from reference import delayed_sgd
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import pipedream_visual as visual
 from pipedream.backstage.measures import staleness as stale
 from pipedream.commands import search, staleness, worth
 from pipedream.schedules.plans import PLAN_CONFIG, all_plans, make_plan
 from pipedream.schedules.rows import LIBRARY
 from pipedream.staleness import delays, tuning
 from pipedream.staleness.delays import OPTIMIZERS, Training, delayed_training, momentum, sgd
-from pipedream.staleness.tuning import batches_to, fastest
-from pipedream_simple import CONFIG, Run, build_schedule, build_stages, make_batches, train
+from pipedream.staleness.tuning import batches_to
+from pipedream_simple import (
+    CONFIG,
+    Run,
+    build_schedule,
+    build_stages,
+    make_batches,
+    train,
+)
 
 TINY = {**CONFIG, "device": "cpu", "num_batches": 9, "layers_per_stage": 2, "hidden_size": 12}
 BY_STAGE, ON_ALL = [3, 2, 1, 0], [1, 1, 1, 1]
@@ -59,45 +67,25 @@ def test_every_run_of_the_stack_is_the_recurrence_of_the_papers(by_stage, beta):
         assert_same_weights(weights, run, last)
 
 
-class NesterovAdam:
-    """Adam whose mean takes the known share of the next one. (NAdam has another schedule.)"""
-
-    def __init__(self, weights, rate):
-        self.weights, self.rate, self.t = weights, rate, 0
-        self.moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
-
-    @torch.no_grad()
-    def step(self):
-        self.t += 1
-        for w, (m, v) in zip(self.weights, self.moments, strict=True):
-            m.mul_(0.9).add_(0.1 * w.grad)
-            v.mul_(0.999).add_(0.001 * w.grad**2)
-            mean = (0.9 * m + 0.1 * w.grad) / (1 - 0.9**self.t)
-            w -= self.rate * mean / ((v / (1 - 0.999**self.t)).sqrt() + 1e-8)
-
-
-def references(name, look_ahead, weights, rate):
+def references(name, weights, rate):
     """The optimizers that do the same."""
     if name == "SGD":
         return [torch.optim.SGD(weights, lr=rate)]
     if name == "momentum":
-        return [torch.optim.SGD(weights, lr=0.1 * rate, momentum=0.9, nesterov=look_ahead)]
+        return [torch.optim.SGD(weights, lr=0.1 * rate, momentum=0.9)]
     if name == "Adam":
-        return [NesterovAdam(weights, rate) if look_ahead else torch.optim.Adam(weights, lr=rate)]
+        return [torch.optim.Adam(weights, lr=rate)]
     matrices, biases = ([w for w in weights if w.ndim == ndim] for ndim in (2, 1))
     settings = {"momentum": 0.95, "weight_decay": 0, "adjust_lr_fn": "match_rms_adamw"}
-    muon = torch.optim.Muon(matrices, lr=rate, nesterov=look_ahead, **settings)
-    return [muon, torch.optim.Adam(biases, lr=rate)]
+    return [torch.optim.Muon(matrices, lr=rate, **settings), torch.optim.Adam(biases, lr=rate)]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("look_ahead", [False, True])
-def test_without_delay_the_optimizers_are_those_of_pytorch(name, look_ahead):
+def test_without_delay_the_optimizers_are_those_of_pytorch(name):
     function, rates = OPTIMIZERS[name]
-    optimizer = partial(function, look_ahead=look_ahead)  # with the beta that it has
-    _, ours = train_delayed(Training(TINY, [0] * 4, optimizer), [rates[2]])
+    _, ours = train_delayed(Training(TINY, [0] * 4, function), [rates[2]])
     network = nn.Sequential(*build_stages(TINY)).double()
-    theirs = references(name, look_ahead, [*network.parameters()], rates[2])
+    theirs = references(name, [*network.parameters()], rates[2])
     for x, y in make_batches(TINY):
         network.zero_grad()
         cross_entropy(network(x.double()), y).backward()
@@ -115,52 +103,9 @@ def test_a_real_pipeline_with_one_microbatch_computes_the_same(name, stashing):
     optimizer, rate = OPTIMIZERS[name][0], OPTIMIZERS[name][1][2]
     config = {**TINY, "num_microbatches": 1, "weight_stashing": stashing, "learning_rate": rate}
     run = train(config, torch.float64, worker_class=partial(delays.OptimizerWorker, optimizer))
-    losses, weights = train_delayed(Training(TINY, BY_STAGE, optimizer, "none", stashing), [rate])
+    losses, weights = train_delayed(Training(TINY, BY_STAGE, optimizer, stashing), [rate])
     assert losses.flatten().tolist() == pytest.approx(run.losses, abs=1e-12)
     assert_same_weights(weights, 0, run.weights)
-
-
-@pytest.mark.parametrize("remedy", ["pipemare", "spectrain", "nesterov .9", "nesterov .99"])
-def test_the_remedies_are_those_of_the_papers_written_down_again(remedy):
-    """One network of one stage, a plain loop over a history of weights and steps."""
-    config, delay, rate = {**TINY, "num_stages": 1}, 2, 0.1
-    beta = float(remedy.split()[1]) if remedy in delays.NESTEROV else 0.9
-    network = nn.Sequential(*build_stages(config)).double()
-    names = dict(network.named_parameters())
-    history, steps = [{k: w.detach().clone() for k, w in names.items()}], []
-    u = {k: torch.zeros_like(w) for k, w in history[0].items()}
-    losses = []
-    for b, (x, y) in enumerate(make_batches(config)):
-        version = max(0, b - delay)
-        with torch.no_grad():
-            for k, w in names.items():
-                w.copy_(history[version][k])
-                if remedy == "spectrain" and version > 0:
-                    w -= delay * rate * steps[version - 1][k]
-        network.zero_grad()
-        loss = cross_entropy(network(x.double()), y)
-        loss.backward()
-        losses.append(loss.item())
-        r = rate / delay ** (1 - min(1, b / (9 / 4))) if remedy == "pipemare" else rate
-        u = {k: beta * u[k] + (1 - beta) * w.grad for k, w in names.items()}
-        ahead = {k: beta * u[k] + (1 - beta) * w.grad for k, w in names.items()}
-        steps.append(ahead if remedy in delays.NESTEROV else u)
-        history.append({k: w - r * steps[-1][k] for k, w in history[-1].items()})
-    ours, none = (
-        train_delayed(Training(config, [delay], momentum, each), [rate])[0].flatten().tolist()
-        for each in (remedy, "none")
-    )
-    assert ours == pytest.approx(losses, abs=1e-12)
-    assert ours != pytest.approx(none)
-
-
-def test_remedies_are_tried_where_they_change_something():
-    for remedy, delay in (("pipemare", 1), ("spectrain", 0)):
-        cells = (Training(TINY, [delay] * 4, momentum, each) for each in ("none", remedy))
-        none, ours = (train_delayed(cell, [0.1])[0].tolist() for cell in cells)
-        assert none == ours
-        assert not delays.applies("Adam", delay, remedy)
-        assert delays.applies("Adam", delay + 1, remedy)
 
 
 def test_batches_are_counted_until_the_mean_of_ten_is_below():
@@ -170,52 +115,85 @@ def test_batches_are_counted_until_the_mean_of_ten_is_below():
     assert batches_to(losses[..., :9], 99).tolist() == [[torch.inf]]
 
 
-def test_a_cell_ends_early_only_when_no_other_rate_can_win():
-    never, late = torch.full((1, 30), 9.0), torch.tensor([[9.0] * 20 + [0.0] * 10])
-    both = torch.stack([never, late])
-    assert not tuning.decided(both[..., :24], 5)
-    assert tuning.decided(both, 5)
-    training, rates = Training({**TINY, "num_batches": 60}, ON_ALL, sgd), OPTIMIZERS["SGD"][1]
-    rate, short = fastest(training, rates, range(3), 1.0)
-    others, _ = delayed_training(training, rates, [1000, 1001, 1002])  # these choose
-    assert rate == rates[batches_to(others, 1.0).sum(1).argmin()]
-    losses, _ = delayed_training(training, [rate], [0, 1, 2])
-    batches = batches_to(losses, 1.0)[0].tolist()
-    assert short.shape[1] == max(batches)
-    assert short.tolist() == losses[0, :, : short.shape[1]].tolist()
-    assert batches_to(short, 1.0).tolist() == batches
-    assert staleness.price(batches, batches)[0] == pytest.approx(1)
+def scores_of(losses, targets=(5, 1)):
+    return tuning.score_targets(targets)(torch.tensor(losses)[:, None])[:, 0].tolist()
 
 
-@pytest.mark.parametrize("best", [2.0**-9, 2.0**-3, 1.0, 2.0**9])
-def test_the_grid_grows_until_the_best_rate_is_inside(best):
+def test_a_rate_is_scored_by_target_and_out_once_it_diverges():
+    """Ten losses of more than 1.5 times the first one, or not a number, at any time."""
+    there = [9.0] * 10 + [0.0] * 20
+    assert scores_of([there, [*there[:20], *[13.4] * 10]]) == [[15, 19]] * 2
+    for late in (13.6, math.inf, math.nan):
+        assert scores_of([there, [*there[:20], *[late] * 10]])[1] == [math.inf] * 2
+    assert scores_of([[9.0] * 30, [9.0] * 10 + [4.0] * 20]) == [[60, 60], [19, 60]]  # not there
+    one_of_two = torch.tensor([[there, [math.nan] * 30]])  # with one of the seeds
+    assert tuning.score_targets([5])(one_of_two).tolist() == [[[math.inf]] * 2]
+
+
+@pytest.mark.parametrize("wanted", [(2.0**-9, 2.0**-3), (1.0, 1.5), (2.0**9, 0.9), (0.3, 0.3)])
+@pytest.mark.parametrize("fine", [True, False])
+def test_the_grid_grows_and_is_refined_until_the_best_rates_are_inside(wanted, fine):
+    """For two goals at once; with fine, their neighbors are a factor of 2^(1/4) away."""
+
     def score(rates):
         asked.extend(rates)
-        return torch.tensor([[1 + abs(math.log2(rate / best)), 1.0] for rate in rates])
+        goals = [[abs(math.log2(rate / best)) for best in wanted] for rate in rates]
+        return torch.tensor(goals)[:, None].expand(-1, 3, -1)
 
     asked = []
-    rate, scores = tuning.try_rates([2.0**-k for k in range(5)], score)
-    assert rate == best
-    assert min(scores) < best < max(scores)
+    best, scores = tuning.try_rates([2.0**-k for k in range(5)], score, fine)
     assert sorted(asked) == sorted({*asked}) == sorted(scores)
-    asked.clear()
-    _, scores = tuning.try_rates([1.0, 0.5], lambda rates: score(rates) / 0)
-    assert scores == {1.0: [torch.inf] * 2, 0.5: [torch.inf] * 2}
-    assert asked == [1.0, 0.5]  # no rate is better than another
+    for rate, goal in zip(best, wanted, strict=True):
+        assert abs(math.log2(rate / goal)) <= (0.126 if fine else 0.501)
+        assert min(scores) < rate < max(scores)
+        around = [abs(math.log2(other / rate)) for other in scores if other != rate]
+        assert sorted(around)[:2] == pytest.approx([0.25] * 2 if fine else [1] * 2, abs=1e-6)
 
 
-def test_seeds_that_choose_a_rate_are_not_those_that_are_shown(monkeypatch):
+def test_where_no_rate_is_better_than_another_no_more_are_tried():
+    def score(rates):
+        asked.extend(rates)
+        return torch.full((len(rates), 3, 2), math.inf)
+
+    asked = []
+    _, scores = tuning.try_rates([1.0, 0.5], score)
+    assert sorted(asked) == sorted(scores) == [0.5, 1.0]
+
+
+def test_what_is_shown_is_at_the_best_rate_for_each_target_and_on_other_seeds(monkeypatch):
     def note(training, rates, seeds, *rest, **settings):
         used.append({*seeds})
         return delayed_training(training, rates, seeds, *rest, **settings)
 
     used, shown = [], {2, 3, 4, 5, 6}
     monkeypatch.setattr(tuning, "delayed_training", note)
-    fastest(Training(TINY, ON_ALL, sgd), [0.2, 0.1, 0.05], range(2, 7), 2.0)
+    training, targets = Training({**TINY, "num_batches": 60}, ON_ALL, sgd), (2.2, 1.0)
+    tuned = tuning.tune(training, [0.05, 0.1], range(2, 7), tuning.score_targets(targets))
+    tried, others = sorted(tuned.scores), [1002, 1003, 1004, 1005, 1006, 1007]  # these choose
+    losses, _ = delayed_training(training, tried, others)
+    for number, target in enumerate(targets):
+        means = batches_to(losses, target).clamp(max=120).mean(1)
+        out = tuning.diverged(losses).any(1)
+        assert tuned.rates[number] == tried[means.masked_fill(out, math.inf).argmin()]
+        again, _ = delayed_training(training, [tuned.rates[number]], range(2, 7))
+        assert (tuned.losses[number] - again[0]).abs().max() < 1e-4
     search.best_end(TINY, "SGD", range(2, 7), stashing=True)
     assert used.count(shown) == 2
     assert len(used) >= 4
     assert all(seeds.isdisjoint(shown) for seeds in used if seeds != shown)
+
+
+def test_a_difference_is_clear_where_nine_of_ten_seeds_agree():
+    ten = [*range(10)]
+    for other, said in (
+        ([n + 1 for n in ten[:9]] + [0], "<"),
+        ([n + 1 for n in ten[:8]] + [0, 0], "~"),
+        ([n - 1 for n in ten[:9]] + [99], ">"),
+        (ten, "~"),
+        ([99] * 9 + [math.inf], "-"),
+    ):
+        assert tuning.mark(ten, other) == said
+    assert math.comb(10, 9) + 1 == 11  # of 1024, each way: once in 50
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "pipedream", "interleaved", "zb-v", "dualpipe-v"])
@@ -252,13 +230,17 @@ def test_worth_runs_and_writes(run, tmp_path, monkeypatch):
     trained, train_delayed = [], worth.train_delayed
     monkeypatch.setattr(worth, "train_delayed", note)
     sizes = {"num_batches": 20, "num_microbatches": 8, "layers_per_stage": 2, "chunks_per_gpu": 2}
-    result = run("worth", "--loss", 2.2, *flags_of(hidden_size=12, **sizes))
+    result = run("worth", "--quick", "--loss", 2.2, 0.5, *flags_of(hidden_size=12, **sizes))
     check_output(result, tmp_path, "worth.png")
     assert "left out" not in result.out
-    rows = [re.split("  +", line.strip()) for line in result.out.splitlines()[1:14]]
-    assert {row[0] for row in rows} == {*LIBRARY, "vertical sync", "no stashing"}
+    batches, races, *_, last = (part.splitlines() for part in result.out.split("\n\n"))
+    rows = [re.split("  +", line.strip()) for line in races[1:13]]
+    assert {row[0] for row in rows} == {*LIBRARY, "vertical sync"}
     assert trained == [[0, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]  # one for all that flush
-    held = {row[0]: row[2] for row in rows}
+    assert [line.split("  ")[0] for line in batches] == ["old", "0 0 0 0", "1 1 1 0", "1 1 1 1"]
+    assert all(row[3] == "-" for row in rows)  # in 20 batches
+    assert "at 2.2" in last[0]
+    held = {row[0]: row[1] for row in rows}
     in_closed_form = {"zb-v": "4", "dualpipe-v": "4.5", "interleaved": "5.5", "looped-bfs": "8"}
     assert held.items() >= in_closed_form.items()
 
@@ -267,15 +249,29 @@ def test_staleness_and_search_run_and_write(run, tmp_path, monkeypatch):
     for name, (function, rates) in OPTIMIZERS.items():
         monkeypatch.setitem(OPTIMIZERS, name, (function, rates[1:4]))
     monkeypatch.setattr(search, "SEARCHED", [(4, 1, 12)])
-    monkeypatch.setattr(search, "CHOOSING", 1)
+    result = run("staleness", *flags_of(**SMALL, num_batches=20, num_stages=3))
+    check_output(result, tmp_path, "staleness.png")
+    assert [line.split("  ")[0] for line in result.out.splitlines()[::5]][:4] == [*OPTIMIZERS]
     result = run("staleness", "--quick", *flags_of(**SMALL, num_batches=20, num_stages=4))
     check_output(result, tmp_path, "staleness.png")
+    assert "Muon" not in result.out
     result = run("search", *flags_of(num_batches=20))
     check_output(result, tmp_path, "stashing.png")
     # What the recurrence says of the run that is drawn, the trainer says, too.
     drawn = r"^(\w+), .*,\nin the pipeline .*\n +with stashing +(\S+) "
     what, loss = re.search(drawn, result.out, re.M).groups()
     assert re.search(rf"^{what} +{loss} ", result.out, re.M)
+
+
+def test_the_price_of_delay_is_a_ratio_on_the_same_seed():
+    cells = {("SGD", "0"): [[10, 20], [40, 50], [90, math.inf]]}
+    cells["SGD", "1"] = [[15, 20], [40, 100], [80, 90]]
+    assert [row[1:] for row in staleness.table_of_prices("SGD", cells)] == [
+        ["delay 0", "1"],
+        ["15 (10-20)", "1.25 (1.00-1.50) ~"],
+        ["45 (40-50)", "1.50 (1.00-2.00) ~"],
+        ["-", "-"],
+    ]
 
 
 def test_the_search_tells_a_difference_only_where_the_seeds_do_not_overlap(run, monkeypatch):
@@ -308,29 +304,46 @@ def test_the_search_tells_a_difference_only_where_the_seeds_do_not_overlap(run, 
     assert "\nSGD, 4 stages of 1 layer" in out
 
 
-def test_worth_counts_the_seeds_on_which_a_schedule_is_ahead(run, monkeypatch):
-    def two_curves(config, target):
+def test_worth_tells_who_is_ahead_of_pipedream_at_which_target(run, monkeypatch):
+    def three(config, targets, quick):
         plans = {plan.name: plan for plan in all_plans(config)[0]}
-        of = {"gpipe": (10.0, [11, 12, 13, 16]), "pipedream": (8.0, [13, 16, 20, 20])}
-        times = {name: [turn * b for b in range(1, 21)] for name, (turn, _) in of.items()}
-        more = {name: (0.1, torch.ones(4, 20), batches) for name, (_, batches) in of.items()}
-        return [worth.Curve(plans[name], 0, times[name], *more[name]) for name in of], []
+        hero, sooner = [float(n) for n in range(10, 20)], [float(n) for n in range(9, 19)]
+        times = {"naive": [sooner, hero], "gpipe": [sooner] * 2, "zb-v": [sooner, hero[::-1]]}
+        times |= {"pipedream": [hero, sooner], "1f1b": [[n + 1 for n in hero], hero]}
+        races = [worth.Race(plans[name], (0,) * 4, each) for name, each in times.items()]
+        return races, ["zb-h1 is left out: so it is"], {}
 
-    monkeypatch.setattr(worth, "curves_of", two_curves)
-    monkeypatch.setattr(worth, "draw_and_write", lambda *a: "")
-    cells = [re.split("  +", line) for line in run("worth").out.splitlines()[1:3]]
-    assert [row[6:] for row in cells] == [["130 (110-160)", "2"], ["138 (104-160)"]]  # 160 = 160
+    monkeypatch.setattr(worth, "race", three)
+    monkeypatch.setattr(
+        worth, "draw_and_write", lambda draw, path: draw(visual).texts[0].get_text()
+    )
+    out = run("worth", "--loss", 0.1, 0.3).out
+    rows = {line.split()[0]: re.split("  +", line) for line in out.splitlines()[3:8]}
+    assert rows["gpipe"][2:] == ["14 (9-18) <", "14 (9-18) ~"]
+    assert rows["pipedream"][2:] == ["14 (10-19)", "14 (9-18)"]
+    assert "zb-h1 is left out: so it is" in out
+    assert "\n0.3 < 0.1 >: naive.\n0.3 < 0.1 ~: gpipe, zb-v.\n" in out
+    assert "\nLater than pipedream at every target: 1f1b.\n" in out
+    assert "Clearly sooner than PipeDream: at 0.3 gpipe and zb-v, at 0.1 none" in out
+
+
+def test_times_are_those_of_batches_in_forwards_of_a_whole_batch():
+    config = {**PLAN_CONFIG, **TINY, "num_batches": 12, "schedule": "gpipe", "num_microbatches": 8}
+    races, _, tuned = worth.race({**config, "layers_per_stage": 2}, [9.0, 0.01], True)
+    gpipe = next(one for one in races if one.name == "gpipe")
+    assert (
+        gpipe.times[0] == [(9 * 2 * (8 + 3) + 8 + 3) / 8] * 5
+    )  # F + B = 2; ten batches are enough
+    assert gpipe.times[1] == [math.inf] * 5
+    assert [*tuned] == [(0,) * 4, (1, 1, 1, 0), (1,) * 4]
 
 
 def test_what_worth_trains_is_what_the_pipeline_trains_with_that_learning_rate():
-    short = {**TINY, "momentum": 0.8, "num_batches": 30}
-    curves, _ = worth.curves_of({**PLAN_CONFIG, **short, "chunks_per_gpu": 1}, 2.0)
-    ours = {curve.plan.name: curve for curve in curves}
-    config = {**short, "learning_rate": ours["pipedream"].rate}
-    stashed, lost = (train({**config, "weight_stashing": on}).losses for on in (True, False))
-    assert ours["pipedream"].losses[0].tolist() == pytest.approx(stashed, abs=1e-3)
-    assert ours["  no stashing"].losses[0].tolist() == pytest.approx(lost, abs=1e-3)
-    assert lost != pytest.approx(stashed, abs=1e-3)
+    short = {**PLAN_CONFIG, **TINY, "momentum": 0.8, "num_batches": 30}
+    tuned = worth.train_delayed(short, [1, 1, 1, 0], range(5), [2.0, 1.0], quick=True)
+    for rate, losses in zip(tuned.rates, tuned.losses, strict=True):
+        run = train({**TINY, "num_batches": 30, "momentum": 0.8, "learning_rate": rate})
+        assert losses[0].tolist() == pytest.approx(run.losses, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -338,12 +351,14 @@ def test_what_worth_trains_is_what_the_pipeline_trains_with_that_learning_rate()
     ["worth --loss 0", "worth --loss x", "worth --momentum 1", "worth --out /proc/x",
      "staleness --num_batches 0", "staleness --num_stages 1", "staleness --learning_rate 0.1",
      "staleness --num_microbatches 2", "staleness --quick --out /dev/null/x",
+     "worth --num_batches 9", "staleness --num_batches 9", "search --num_batches 19",
+     "worth --loss 0.3 0",
      "search --num_stages 4", "search --out /proc/x", "papers --num_stages 4"],
 )  # fmt: skip
 def test_bad_input_gets_one_line(run, monkeypatch, flags):
     def too_late(*args, **settings):
         pytest.fail("too late")
 
-    monkeypatch.setattr(tuning, "tuned", too_late)
+    monkeypatch.setattr(tuning, "tune", too_late)
     result = run(*flags.split())
     assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)

@@ -17,8 +17,8 @@ from pipedream.backstage.output import check_output, draw_and_write
 from pipedream.backstage.text import progress
 from pipedream.schedules.plans import story_config
 from pipedream.staleness import delays, tuning
-from pipedream.staleness.tuning import WINDOW, spread
-from pipedream_simple import count, format_table, train
+from pipedream.staleness.tuning import CHOOSING, WINDOW, spread
+from pipedream_simple import check_value, count, format_table, train
 
 FLAGS = {"--out DIR": "for the picture"}
 TAKES = "batch_size num_batches seed device network"
@@ -26,7 +26,6 @@ DEFAULTS = {"num_batches": 400, "num_microbatches": 1}
 
 SIZES = "num_stages", "layers_per_stage", "hidden_size"
 SEARCHED = [(8, 2, 32), (16, 2, 32), (32, 1, 16), (32, 1, 32), (32, 1, 64)]
-CHOOSING = 6  # seeds that choose a rate: with three, one near divergence is sometimes chosen
 LEGEND = """\
    Loss of the last 20 of {batches} batches, with weight stashing and without: mean
    (lowest to highest) of {seeds} seeds, at the best of 7 or more learning rates,
@@ -45,7 +44,7 @@ class Ended(NamedTuple):
 
     name: str  # of the optimizer
     config: dict  # with that rate
-    scores: tuning.Scores
+    scores: dict[float, list[float]]  # rate -> where it ends, with each of the seeds that choose
     losses: Tensor  # (seeds, batches)
 
     def __str__(self) -> str:
@@ -62,6 +61,7 @@ def gap(one: Ended, other: Ended) -> float:
 
 def main(config: dict, out: Path = Path()) -> None:
     """Each network with each optimizer; and once more, op by op, where the gap is widest."""
+    check_value("num_batches", config["num_batches"], (int, 20, 1_000_000))
     check_output(out / "stashing.png")
     torch.set_num_threads(1)  # the matrices are small
     seeds, pairs = range(config["seed"], config["seed"] + 5), list[Pair]()
@@ -93,9 +93,10 @@ def best_end(config: dict, name: str, seeds: range, stashing: bool) -> Ended:
     optimizer, rates = delays.OPTIMIZERS[name]
     by_stage = [*range(config["num_stages"])][::-1]
     training = delays.Training(config, by_stage, optimizer, stashing=stashing)
-    rate, scores, losses = tuning.tuned(training, rates, seeds, ends, CHOOSING)
-    config = {**config, "weight_stashing": stashing, "learning_rate": rate}
-    return Ended(name, config, scores, losses)
+    tuned = tuning.tune(training, rates, seeds, lambda losses: ends(losses)[..., None], fine=False)
+    config = {**config, "weight_stashing": stashing, "learning_rate": tuned.rates[0]}
+    scores = {rate: each[:, 0].tolist() for rate, each in tuned.scores.items()}
+    return Ended(name, config, scores, tuned.losses[0])
 
 
 def print_again(pair: Pair, seeds: range) -> None:
@@ -110,9 +111,10 @@ def print_again(pair: Pair, seeds: range) -> None:
 
 def draw_search(pair: Pair, visual):
     """The run in which missing stashing hurts most: its losses, and the rates that were tried."""
-    network, ending = name_of(pair[0].config), [f"{ends(one.losses).mean():.2f}" for one in pair]
+    network, ranges = name_of(pair[0].config), [ends(one.losses).aminmax() for one in pair]
+    ending = [f"{low:.2f} to {high:.2f}" for low, high in ranges]
     title = f"{pair[0].name}, {network.partition(', hidden')[0]}: "
-    title += f"the loss ends at {ending[0]} with stashing, at {ending[1]} without"
+    title += f"the seeds end at {ending[0]} with stashing, at {ending[1]} without"
     lines = [
         "Left: each at its best learning rate. Right: where all rates end, with other seeds.",
         f"Mean and range of the seeds; {network}, one microbatch per batch.",

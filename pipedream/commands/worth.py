@@ -1,119 +1,118 @@
-"""Is PipeDream worth it? Every loss over simulated time.
+"""Is PipeDream worth it? The simulated time to a loss, to three of them.
 
-    python -m pipedream worth                a minute: a table and worth.png
+    python -m pipedream worth                two minutes: tables and worth.png
     python -m pipedream worth --num_microbatches 16
-    python -m pipedream worth --num_microbatches 8 --layers_per_stage 6
+    python -m pipedream worth --quick        half a minute, for a first look
 
 A schedule without a flush has more batches in the same time, and each of them helps less. Each is
-trained at its best learning rate, with the recurrence that a pipeline computes, not op by op
-(except without stashing). The third line is for zb-v and dualpipe-v: they need layers that divide
-among twice as many stages, and dualpipe-v at least two microbatches per GPU.
+trained at the learning rate that is best for that loss, with the recurrence that a pipeline with
+weight stashing computes, not op by op.
 """
 
+import textwrap
+from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from pipedream.backstage.measures import in_short, peak_in_flight, staleness
 from pipedream.backstage.output import check_output, draw_and_write
 from pipedream.backstage.text import progress
-from pipedream.schedules.halves import train_plan
 from pipedream.schedules.plans import Plan, all_plans
 from pipedream.staleness import tuning
-from pipedream.staleness.delays import Training, delayed_training, momentum
-from pipedream_simple import UserError, check_value, format_table, utilization
+from pipedream.staleness.delays import Training, momentum
+from pipedream.staleness.tuning import CHOOSING, TARGETS, Tuned, mark, score_targets, spread
+from pipedream_simple import UserError, check_value, count, format_table
 
-FLAGS = {"--loss X": "the target, 0.3 unless given", "--out DIR": "for the picture"}
-DEFAULTS = {"num_batches": 200, "backward_time": 2}
+FLAGS = {
+    "--loss X ...": "the targets; 0.3 0.1 0.05 unless given",
+    "--quick": "fewer learning rates and seeds",
+    "--out DIR": "for the picture",
+}
+DEFAULTS = {"num_batches": 200, "backward_time": 2, "layers_per_stage": 2, "chunks_per_gpu": 2}
 
-SEEDS = 10
 LEGEND = """\
-   Batches, and simulated time, until the mean training loss of ten batches is
-   below {target:g}: mean (lowest to highest) of {seeds} seeds, at the best of 6 or more
-   learning rates, chosen on three other seeds; no stashing has pipedream's.
-   first: on how many seeds it gets there before pipedream. -: not all seeds got
-   there. held: the most microbatches in flight on a GPU."""
+   Batches: until the mean training loss of ten is below the target: mean
+   (lowest to highest) of {seeds} seeds, at the learning rate that is best for this
+   target on {choosing} other seeds. A rate is out if ten losses ever average more than
+   1.5 times the first one. Time: when that batch's loss is known, in forwards
+   of a whole batch on a stage. <, >: sooner, later than pipedream on nine of
+   ten seeds or more; ~: neither. -: not all seeds get there in {batches} batches.
+   old: by how many updates the gradients are, on each GPU. held: the most
+   microbatches in flight on a GPU."""
 
 
-class Curve(NamedTuple):
-    """A schedule's losses over simulated time."""
+class Race(NamedTuple):
+    """A schedule on its way to the targets."""
 
     plan: Plan
-    stale: int  # the most updates that a forward misses
-    times: list[float]  # one per batch
-    rate: float
-    losses: Tensor  # (seeds, batches)
-    batches: list[float]  # to the target, one entry per seed; inf: not in this run
+    delays: tuple[int, ...]  # by stage: updates that a forward misses
+    times: list[list[float]]  # by target: one per seed; inf: not in this run
 
     @property
-    def reached(self) -> list[float]:
-        """When the loss is below the target, per seed: inf if not in this run."""
-        return [self.times[int(n) - 1] if n < torch.inf else n for n in self.batches]
-
-    @property
-    def mean(self) -> float:
-        return sum(self.reached) / len(self.reached)
-
-    @property
-    def when(self) -> str:
-        return f"t{self.mean:.0f}" if self.mean < torch.inf else "not all seeds"
-
-    def ahead_of(self, other: "Curve") -> int:
-        """On how many seeds it gets to the target before the other."""
-        return sum(a < b for a, b in zip(self.reached, other.reached, strict=True))
+    def name(self) -> str:
+        return self.plan.name.strip()
 
 
-def main(config: dict, out: Path = Path(), loss: float = 0.3) -> None:
-    """Every schedule's loss over simulated time, and the time to a loss."""
+def main(
+    config: dict, out: Path = Path(), loss: Sequence[float] = TARGETS, quick: bool = False
+) -> None:
+    """The simulated time of every schedule to each loss."""
     if config["momentum"] == 1:
         raise UserError("momentum=1 must be less than 1 here: it never forgets")
-    check_value("loss", loss, (float, 0.001, 10))
+    for target in loss:
+        check_value("loss", target, (float, 0.001, 10))
+    targets = sorted(loss, reverse=True)
+    check_value("num_batches", config["num_batches"], (int, tuning.WINDOW, 1_000_000))
     check_output(out / "worth.png")
     torch.set_num_threads(1)  # the matrices are small
-    curves, reasons = curves_of(config, loss)
-    hero = next(curve for curve in curves if curve.plan.name == "pipedream")
-    print("\n".join([*format_table(table_of_curves(curves, hero, loss)), *reasons]))
-    print(LEGEND.format(target=loss, seeds=SEEDS))
-    title = draw_and_write(partial(draw_worth, curves, hero, loss), out / "worth.png")
+    races, reasons, tuned = race(config, targets, quick)
+    print("\n".join(format_table(table_of_batches(tuned, targets))) + "\n")
+    print("\n".join([*format_table(table_of_races(races, targets)), *reasons]))
+    choosing, seeds = 3 if quick else CHOOSING, len(races[0].times[0])
+    print(LEGEND.format(seeds=seeds, choosing=choosing, batches=config["num_batches"]))
+    print("", *conclude(races, targets), sep="\n")
+    title = draw_and_write(partial(draw_worth, races, targets), out / "worth.png")
     print(f"\n{out / 'worth.png'}: {title}")
 
 
-def curves_of(config: dict, target: float) -> tuple[list[Curve], list[str]]:
-    """Train for every schedule; and the reasons why some are impossible.
-
-    Schedules with the same delays share their losses. Without stashing there is no recurrence of
-    whole batches: that is trained op by op, at pipedream's rate.
-    """
+def race(config: dict, targets: list[float], quick: bool) -> tuple[list[Race], list[str], dict]:
+    """Every schedule; the reasons why some are impossible; and delays -> what was trained."""
     plans, reasons = all_plans(config)
-    seeds = range(config["seed"], config["seed"] + SEEDS)
-    trained: dict[tuple, tuple[float, Tensor]] = {}  # delays -> rate, losses
-    curves = []
-    for plan in plans:
-        progress(f"training as {plan.name.strip()}")
+    seeds = range(config["seed"], config["seed"] + (5 if quick else 10))
+    tuned: dict[tuple[int, ...], Tuned] = {}
+    races = []
+    for plan in (plan for plan in plans if plan.config["weight_stashing"]):  # no recurrence without
         old = staleness(plan.schedule, config["num_microbatches"])
         delays = (*old,) if any(old) else (0,) * config["num_stages"]
-        if delays not in trained:
-            trained[delays] = train_delayed(config, [*delays], seeds, target)
-        rate, losses = trained[delays]
-        if "no stashing" in plan.name:
-            runs = ({**plan.config, "seed": seed, "learning_rate": rate} for seed in seeds)
-            losses = torch.tensor([train_plan(plan._replace(config=run)).losses for run in runs])
-        batches = tuning.batches_to(losses, target).tolist()
-        curves.append(Curve(plan, max(old), loss_times(plan), rate, losses, batches))
+        if delays not in tuned:
+            progress(f"training as {plan.name.strip()}")
+            tuned[delays] = train_delayed(config, [*delays], seeds, targets, quick)
+        at = [per_time / config["num_microbatches"] for per_time in loss_times(plan)] + [torch.inf]
+        batches = batches_of(tuned[delays], targets)
+        times = [[at[int(min(n, len(at))) - 1] for n in of_seeds] for of_seeds in batches]
+        races.append(Race(plan, delays, times))
     progress("")
-    return curves, reasons
+    return races, reasons, tuned
 
 
-def train_delayed(config: dict, delays: list[int], seeds: range, target: float):
-    """The recurrence at its best rate: that, in the units of --learning_rate, and the losses."""
+def train_delayed(
+    config: dict, delays: list[int], seeds: range, targets: list[float], quick: bool
+) -> Tuned:
+    """The recurrence at the best rate for each target."""
     beta, rates = config["momentum"], [config["learning_rate"] * 2.0**k for k in range(2, -4, -1)]
-    training = Training(config, delays, partial(momentum, beta=beta))
-    rate, _ = tuning.fastest(training, rates, seeds, target)
-    losses, _ = delayed_training(training, [rate], seeds)  # the whole run
-    return rate * (1 - beta), losses[0]
+    training, score = Training(config, delays, partial(momentum, beta=beta)), score_targets(targets)
+    tuned = tuning.tune(training, rates, seeds, score, 3 if quick else CHOOSING, fine=not quick)
+    return tuned._replace(rates=[rate * (1 - beta) for rate in tuned.rates])  # --learning_rate
+
+
+def batches_of(tuned: Tuned, targets: list[float]) -> list[list[float]]:
+    """By target, one per seed: at the rate that is best for it."""
+    pairs = zip(tuned.losses, targets, strict=True)
+    return [tuning.batches_to(losses, target).tolist() for losses, target in pairs]
 
 
 def loss_times(plan: Plan) -> list[float]:
@@ -123,42 +122,93 @@ def loss_times(plan: Plan) -> list[float]:
     return [*{event.op.microbatch // in_batch: event.end for event in forwards}.values()]
 
 
-def table_of_curves(curves: list[Curve], hero: Curve, target: float) -> list[list[str]]:
-    heads = "schedule", "busy", "held", "stale", "rate", "batches", f"time to {target:g}", "first"
-    table = [[*heads]]
-    for curve in curves:
-        cells = [curve.plan.name, f"{utilization(curve.plan.events):.1%}"]
-        cells += [*in_short([max(peak_in_flight(curve.plan.schedule))]), str(curve.stale)]
-        cells += [f"{curve.rate:.2g}", tuning.spread(curve.batches), tuning.spread(curve.reached)]
-        table.append([*cells, "" if curve is hero else str(curve.ahead_of(hero))])
+def table_of_batches(tuned: dict[tuple[int, ...], Tuned], targets: list[float]) -> list[list[str]]:
+    table = [["old", *(part for target in targets for part in (f"batches to {target:g}", "rate"))]]
+    for delays, each in tuned.items():
+        row = zip(batches_of(each, targets), each.rates, strict=True)
+        cells = [cell for batches, rate in row for cell in (spread(batches), f"{rate:.2g}")]
+        table.append([" ".join(map(str, delays)), *cells])
     return table
 
 
-COLORED = "pipedream", "  vertical sync", "zb-v", "zb-h2", "  no stashing", "interleaved-zb"
-DASHES = {"  no stashing": "--", "1f1b": "--", "naive": ":", "zb-h1": "-.", "looped-bfs": ":"}
+def hero_of(races: list[Race]) -> Race:
+    return next(one for one in races if one.name == "pipedream")
 
 
-def draw_worth(curves: list[Curve], hero: Curve, target: float, visual):
-    """Losses over simulated time, until the slowest but naive has reached the target."""
-    best = min((curve for curve in curves if not curve.stale), key=lambda curve: curve.mean)
-    flush = best.plan.name
-    title = f"A loss of {target:g}: pipedream {hero.when}, the best flush ({flush}) {best.when}"
+def marks_of(one: Race, hero: Race) -> tuple[str, ...]:
+    """By target: is it sooner?"""
+    return tuple(mark(*pair) for pair in zip(one.times, hero.times, strict=True))
+
+
+def table_of_races(races: list[Race], targets: list[float]) -> list[list[str]]:
+    table = [["schedule", "held", *(f"time to {target:g}" for target in targets)]]
+    hero = hero_of(races)
+    for one in races:
+        signs = marks_of(one, hero) if one is not hero else [""] * len(targets)
+        cells = [spread(each, sign=sign) for each, sign in zip(one.times, signs, strict=True)]
+        held = in_short([max(peak_in_flight(one.plan.schedule))])
+        table.append([one.plan.name, *held, *cells])
+    return table
+
+
+def conclude(races: list[Race], targets: list[float]) -> list[str]:
+    """Which schedules are ahead of pipedream, at which targets."""
+    hero, alike = hero_of(races), defaultdict[tuple[str, ...], list[str]](list)
+    for one in races:
+        if one is not hero:
+            alike[marks_of(one, hero)].append(one.name)
+    words = {"<": "Sooner than pipedream", ">": "Later than pipedream", "~": "About as soon"}
+    words["-"] = "Not all seeds get there"
+    lines = []
+    for marks, names in sorted(alike.items()):
+        parts = [f"{target:g} {each}" for target, each in zip(targets, marks, strict=True)]
+        at = f"{words[marks[0]]} at every target" if len({*marks}) == 1 else " ".join(parts)
+        lines.append(textwrap.fill(f"{at}: {', '.join(names)}.", 80, subsequent_indent="   "))
+    return lines
+
+
+def draw_worth(races: list[Race], targets: list[float], visual):
+    """A panel per target, a row per schedule but naive: times by pipedream's on the same seed."""
+    hero = hero_of(races)
+    rows = sorted((one for one in races if one.name != "naive"), key=lambda one: sum(one.times[-1]))
+    title, microbatches = "Clearly sooner than PipeDream: ", hero.plan.config["num_microbatches"]
+    for number, target in enumerate(targets):
+        ahead = [one.name for one in rows if marks_of(one, hero)[number] == "<"]
+        names = " and ".join(ahead) if len(ahead) < 3 else f"{len(ahead)} of {len(rows) - 1}"
+        title += f"{', ' * (number > 0)}at {target:g} {names or 'none'}"
     lines = [
-        f"pipedream gets there before {flush} on {hero.ahead_of(best)} of {SEEDS} seeds.",
-        "Simulated time, means at the best learning rates; bands: the seeds of these two.",
+        f"{count(microbatches, 'microbatch')}: simulated time to a training loss, by that of "
+        "PipeDream on the same seed: mean and range.",
+        "Each at the best rate for this loss. Filled: clearly different. Red: old gradients.",
     ]
-    figure = visual.new_picture(1400, 720, title, lines)
-    axes = visual.add_axes(figure, 110, 140, 900, 490)
-    for curve in curves:
-        name = curve.plan.name
-        color = visual.HUES[COLORED.index(name)] if name in COLORED else visual.GREY
-        times, losses = curve.times[tuning.WINDOW - 1 :], tuning.means(curve.losses)
-        label, style = f"{name.strip()}: {curve.when}", DASHES.get(name, "-")
-        tuning.draw_losses(axes, times, losses, color, style, label, curve in (hero, best))
-    axes.axhline(target, color=visual.INK, lw=1, ls=":")
-    there = [c.mean for c in curves if c.mean < torch.inf and c.plan.name != "naive"]
-    until = 1.3 * max(there, default=max(curve.times[-1] for curve in curves))
-    tuning.finish(axes, "simulated time")
-    axes.set(xlim=(0, until), ylim=(target / 3, 3))
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1), frameon=False, fontsize=10)
+    high, width = 36 * len(rows), (1200 - 30 * len(targets)) / len(targets)
+    figure = visual.new_picture(1400, 240 + high, title, lines)
+    for number, target in enumerate(targets):
+        axes = visual.add_axes(figure, 170 + number * (width + 40), 160, width, high)
+        axes.axvline(1, color=visual.INK, lw=1)
+        most = max(
+            1.0, *(draw_row(axes, y, one, hero, number, visual) for y, one in enumerate(rows))
+        )
+        axes.set_yticks(range(len(rows)), [one.name * (number == 0) for one in rows], fontsize=10)
+        ticks = [tick for tick in (0.25, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16) if tick <= most]
+        axes.set(xscale="log", ylim=(len(rows) - 0.4, -0.6), xlim=(None, 1.4 * most))
+        axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(f"to a loss of {target:g}", fontsize=11)
+        axes.spines["bottom"].set_visible(True)
     return figure
+
+
+def draw_row(axes, y: float, one: Race, hero: Race, number: int, visual) -> float:
+    """A point, and a line from the lowest to the highest seed; the most. Not there: no point."""
+    times, other = one.times[number], hero.times[number]
+    if (sign := mark(times, other)) == "-":
+        return 1
+    ratios = [a / b for a, b in zip(times, other, strict=True)]
+    color = visual.HUES[4] if any(one.delays) else visual.HUES[0]
+    mean, clear = sum(times) / sum(other), one is hero or sign != "~"
+    axes.plot([min(ratios), max(ratios)], [y, y], color=color, lw=2, zorder=1)
+    axes.plot(mean, y, "o", color=color, mfc=color if clear else "white", ms=8, zorder=2)
+    label = f"{mean:.2f}" if one is not hero else f"{sum(times) / len(times):.0f}"
+    axes.text(max(ratios) * 1.05, y, label, va="center", color=color, fontsize=9)
+    return max(ratios)

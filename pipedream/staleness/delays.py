@@ -1,4 +1,4 @@
-"""Training with old gradients: optimizers, remedies, and the recurrence of a delay per stage.
+"""Training with old gradients: optimizers, and the recurrence of a delay per stage.
 
 It is what a pipeline with weight stashing computes (the tests prove it): stage s gets the gradient
 of batch b at its weights of d_s updates before. No schedule, no microbatches. All learning rates
@@ -20,33 +20,29 @@ from pipedream_simple import Op, Weights, Worker, build_stages, choose_device, m
 # --------------------------------------------------------------------------------- optimizers
 #
 # gradient, what the optimizer remembers of this weight, batches so far -> direction of the step,
-# for every run at once. A step is W = W - rate * direction. With look_ahead the direction also
-# contains the share of the next step that is known already: Nesterov's momentum.
+# for every run at once. A step is W = W - rate * direction.
 
 
-def sgd(g: Tensor, state: dict, batch: int, beta=0.9, look_ahead=False) -> Tensor:
-    """The gradient itself. The average of recent ones is kept for remedies that need a trend."""
-    state["trend"] = beta * state.get("trend", 0) + (1 - beta) * g
+def sgd(g: Tensor, state: dict, batch: int) -> Tensor:
+    """The gradient itself."""
     return g
 
 
-def momentum(g: Tensor, state: dict, batch: int, beta=0.9, look_ahead=False) -> Tensor:
+def momentum(g: Tensor, state: dict, batch: int, beta=0.9) -> Tensor:
     """The average of recent gradients: torch.optim.SGD with 1 - beta of its rate."""
-    u = state["trend"] = beta * state.get("trend", 0) + (1 - beta) * g
-    return beta * u + (1 - beta) * g if look_ahead else u
+    u = state["mean"] = beta * state.get("mean", 0) + (1 - beta) * g
+    return u
 
 
-def adam(g: Tensor, state: dict, batch: int, beta=0.9, look_ahead=False) -> Tensor:
+def adam(g: Tensor, state: dict, batch: int) -> Tensor:
     """Momentum over the size of recent gradients, weight by weight (Kingma and Ba, ICLR 2015)."""
-    u = momentum(g, state.setdefault("momentum", {}), batch, beta, look_ahead)
-    u = u / (1 - beta ** (batch + 1))
+    u = momentum(g, state, batch) / (1 - 0.9 ** (batch + 1))
     v = state["squares"] = 0.999 * state.get("squares", 0) + 0.001 * g * g
-    state["trend"] = u / ((v / (1 - 0.999 ** (batch + 1))).sqrt() + 1e-8)
-    return state["trend"]
+    return u / ((v / (1 - 0.999 ** (batch + 1))).sqrt() + 1e-8)
 
 
-def muon(g: Tensor, state: dict, batch: int, beta=0.95, look_ahead=True) -> Tensor:
-    """Momentum with all singular values close to 1; Adam for vectors (Jordan, 2024).
+def muon(g: Tensor, state: dict, batch: int, beta=0.95) -> Tensor:
+    """Nesterov's momentum with all singular values close to 1; Adam for vectors (Jordan, 2024).
 
     Five Newton-Schulz steps do it, without a decomposition. The last factor gives the step the size
     of Adam's (Liu et al., 2025), so that one rate fits both. (Jordan leaves the first and the last
@@ -54,15 +50,14 @@ def muon(g: Tensor, state: dict, batch: int, beta=0.95, look_ahead=True) -> Tens
     """
     if g.ndim < 3:  # (runs, size): a bias
         return adam(g, state, batch)
-    u = momentum(g, state.setdefault("momentum", {}), batch, beta, look_ahead)
+    u = beta * momentum(g, state, batch, beta) + (1 - beta) * g
     x = u if g.shape[1] <= g.shape[2] else u.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT
         x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
     x = x if g.shape[1] <= g.shape[2] else x.mT
-    state["trend"] = 0.2 * max(g.shape[1:]) ** 0.5 * x
-    return state["trend"]
+    return 0.2 * max(g.shape[1:]) ** 0.5 * x
 
 
 OPTIMIZERS: dict[str, tuple[Callable, list[float]]] = {  # -> (function, learning rates to try)
@@ -71,30 +66,6 @@ OPTIMIZERS: dict[str, tuple[Callable, list[float]]] = {  # -> (function, learnin
     "Adam": (adam, [0.064 / 2**k for k in range(9)]),
     "Muon": (muon, [0.064 / 2**k for k in range(7)]),
 }
-
-# ----------------------------------------------------------------------------------- remedies
-#
-# pipemare   Divide the rate by the delay, less and less over the first quarter of the run. PipeMare
-#            (Yang et al., MLSys 2021), its technique T1: learning rate rescheduling. (Its T2
-#            corrects the weights of the backward, and belongs to training without stashing.)
-# spectrain  Read the weights where they will be when the gradient arrives, if all goes on as now.
-#            SpecTrain (Chen, Yang and Cheng, 2018), which predicts with momentum. Adam's and Muon's
-#            step takes its place as in XPipe (2019), and for SGD the average of ten gradients.
-# nesterov   Momentum that looks ahead, long with .99: Ajanthan et al., 2025 (arXiv 2505.01099).
-
-NESTEROV: dict[str, dict] = {
-    "nesterov .9": {"beta": 0.9, "look_ahead": True},
-    "nesterov .99": {"beta": 0.99, "look_ahead": True},
-}
-REMEDIES = ["none", "pipemare", "spectrain", *NESTEROV]
-
-
-def applies(name: str, delay: int, remedy: str) -> bool:
-    """Whether the remedy changes anything, with the optimizer of that name."""
-    least = {"pipemare": 2, "spectrain": 1}.get(remedy, 0)
-    without = {"SGD": [*NESTEROV], "Muon": ["nesterov .9"]}.get(name, [])
-    return delay >= least and remedy not in without
-
 
 # ----------------------------------------------------------------------------------- training
 
@@ -105,7 +76,6 @@ class Training(NamedTuple):
     config: dict
     delays: list[int]  # by stage: how many updates the weights are old that a forward reads
     optimizer: Callable
-    remedy: str = "none"
     stashing: bool = True  # False: backwards read the newest weights, whatever the forwards read
 
 
@@ -113,7 +83,7 @@ class StackedStage:
     """One stage of every run at once. modules: the stage of each run; rate: (runs,).
 
     newest    its weights after the last update, (runs, ...) each
-    versions  what forwards still read, oldest first: newest, or with spectrain what is predicted
+    versions  what forwards still read, oldest first
     read      the copy that this batch's forward read. It is in the graph, and is the stash
     states    what the optimizer remembers of each weight
     """
@@ -132,18 +102,12 @@ class StackedStage:
 
     def update(self, gradients: Weights, batch: int) -> None:
         """A step of the newest weights, along the gradients of old ones."""
-        config, _, optimizer, remedy, _ = self.training
-        new, seen, slower = Weights(), Weights(), 1.0
-        if remedy == "pipemare":
-            slower = 1 / max(1, self.delay) ** (1 - min(1, 4 * (batch / config["num_batches"])))
+        new = Weights()
         for name, w in self.newest.items():
-            state, step_size = self.states[name], slower * self.rate.view(-1, *[1] * (w.ndim - 1))
-            direction = optimizer(gradients[name], state, batch, **NESTEROV.get(remedy, {}))
-            new[name] = seen[name] = w - step_size * direction
-            if remedy == "spectrain":
-                seen[name] = new[name] - self.delay * (step_size * state["trend"])
+            direction = self.training.optimizer(gradients[name], self.states[name], batch)
+            new[name] = w - self.rate.view(-1, *[1] * (w.ndim - 1)) * direction
         self.newest = new
-        self.versions = [*self.versions, seen][-1 - self.delay :]
+        self.versions = [*self.versions, new][-1 - self.delay :]
 
 
 def delayed_training(
@@ -151,11 +115,10 @@ def delayed_training(
     rates: list[float],
     seeds: Sequence[int],
     dtype: torch.dtype = torch.float32,
-    watch: Callable[[Tensor], bool] = lambda losses: False,
 ) -> tuple[Tensor, list[Weights]]:
     """Losses (rates, seeds, batches) of training with these delays, and each stage's last weights.
 
-    Stage s reads version max(0, b - delays[s]) for batch b. Ends early when watch(losses) is true.
+    Stage s reads version max(0, b - delays[s]) for batch b.
     """
 
     def of_runs(make: Callable[[dict], list]) -> Iterator[tuple]:
@@ -185,8 +148,6 @@ def delayed_training(
         gradients = iter(torch.autograd.grad(loss.sum(), read))
         for stage in stages:
             stage.update({name: next(gradients) for name in stage.read}, batch)
-        if watch(torch.stack(losses, 2)):
-            break
     return torch.stack(losses, 2).cpu(), [stage.newest for stage in stages]
 
 

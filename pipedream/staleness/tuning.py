@@ -1,11 +1,12 @@
 """The best learning rate, chosen on other seeds than those whose results are shown; and losses.
 
-A learning rate that suits fresh gradients is too large for old ones, so whatever is compared is
-tuned first: over the same grid, which grows where the best rate is at its edge.
+A learning rate that suits fresh gradients is too large for old ones, and one that is soon at a loss
+of 0.3 is too large to get to 0.05. So whatever is compared is tuned first, for each goal by itself.
 """
 
-from collections.abc import Callable
-from functools import partial
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,19 @@ from torch import Tensor
 from .delays import Training, delayed_training
 
 WINDOW = 10  # batches over which a loss is averaged before it is compared
-Scores = dict[float, list[float]]  # rate -> its score with each of the seeds that choose
+TARGETS = (0.3, 0.1, 0.05)  # losses to get to
+CHOOSING = 6  # seeds that choose a rate: with three, one near divergence is sometimes chosen
+GROWN = 1.5  # times the first loss: no mean of ten may be more
+CLEAR = 0.9  # of the seeds must agree: of ten nine, as they do once in 50 times by chance
+Score = Callable[[Tensor], Tensor]  # losses (rates, seeds, batches) -> (rates, seeds, goals)
+
+
+class Tuned(NamedTuple):
+    """What was tried on the seeds that choose, and what came out on those that are shown."""
+
+    scores: dict[float, Tensor]  # rate -> (seeds, goals)
+    rates: list[float]  # the best, by goal
+    losses: list[Tensor]  # at that, by goal: (seeds, batches)
 
 
 def means(losses: Tensor) -> Tensor:
@@ -30,61 +43,84 @@ def batches_to(losses: Tensor, target: float) -> Tensor:
     return torch.where(below.any(-1), first.double(), torch.inf)
 
 
-def decided(losses: Tensor, target: float) -> bool:
-    """No other rate can still become the fastest, however training goes on."""
-    batches = batches_to(losses, target)
-    least = batches.clamp(max=losses.shape[-1] + 1).mean(1)
-    return bool(batches[least.argmin()].isfinite().all())
+def diverged(losses: Tensor) -> Tensor:
+    """Does a mean of ten (of the last dimension) ever get above 1.5 times the first loss?"""
+    return ~(means(losses) <= GROWN * losses[..., :1]).all(-1)  # nan is not <= anything
 
 
-def try_rates(rates: list[float], score: Callable[[list[float]], Tensor]) -> tuple[float, Scores]:
-    """The rate with the least mean score, and what each rate scores with each seed.
+def score_targets(targets: Sequence[float]) -> Score:
+    """Batches to each target; a rate that diverges with one of the seeds is out: infinite."""
 
-    More rates are tried while the best is the least or the greatest of them.
+    def score(losses: Tensor) -> Tensor:
+        far = 2 * losses.shape[-1]  # a seed that does not get there
+        batches = torch.stack([batches_to(losses, each).clamp(max=far) for each in targets], -1)
+        return batches.masked_fill(diverged(losses).any(-1)[:, None, None], torch.inf)
+
+    return score
+
+
+def try_rates(
+    rates: list[float], score: Callable[[list[float]], Tensor], fine=True
+) -> tuple[list[float], dict[float, Tensor]]:
+    """For each goal the rate with the least mean score; and the scores of all rates.
+
+    The grid grows where the best rate is at its edge. Where it is inside, the rates around it are
+    tried, too, in steps of 2^(1/4), until the best has such neighbors.
     """
-    scores = dict(zip(rates, score(rates).tolist(), strict=True))
-    while True:
-        sums = {rate: sum(each) for rate, each in scores.items()}
-        best = min(sums, key=sums.__getitem__)
-        if min(sums) < best < max(sums) or len({*sums.values()}) == 1 or len(sums) > 20:
-            return best, scores
-        more = [best / 4, best / 2] if best == min(sums) else [2 * best, 4 * best]
-        scores |= zip(more, score(more).tolist(), strict=True)
+    scores: dict[float, Tensor] = {}
+    best, new = list[float](), {*rates}
+    while new and len(scores) < 60:
+        scores |= zip(sorted(new), score(sorted(new)).cpu(), strict=True)
+        tried = sorted(scores)
+        table = torch.stack([scores[rate].mean(0) for rate in tried])  # (rates, goals)
+        best, new = [tried[number] for number in table.argmin(0)], set()
+        for rate, column in zip(best, table.T, strict=True):
+            if rate in (tried[0], tried[-1]):
+                factors = [0.25, 0.5] if rate == tried[0] else [2, 4]
+            else:
+                factors = [2 ** (k / 4) for k in (-2, -1, 1, 2) if fine]
+            if len({*column.tolist()}) > 1:  # or no rate is better than another
+                new |= {factor * rate for factor in factors}
+        new = {rate for rate in new if all(abs(math.log2(rate / each)) > 0.1 for each in tried)}
+    return best, scores
 
 
-def tuned(
-    training: Training, rates: list[float], seeds: range, score: Callable, number=3, **watch
-) -> tuple[float, Scores, Tensor]:
-    """The best rate for other seeds; their scores; and losses (seeds, batches) of these seeds.
+def tune(
+    training: Training, rates: list[float], seeds: range, score: Score, number=CHOOSING, fine=True
+) -> Tuned:
+    """The best rates for that number of other seeds, and losses of these seeds.
 
-    A rate would flatter those it is chosen with. score: losses (rates, seeds, batches) -> numbers.
+    A rate would flatter those it is chosen with.
     """
     others = range(seeds[0] + 1000, seeds[0] + 1000 + number)
 
     def score_rates(rates: list[float]) -> Tensor:
-        return score(delayed_training(training, rates, others, **watch)[0])
+        return score(delayed_training(training, rates, others)[0])
 
-    rate, scores = try_rates(rates, score_rates)
-    return rate, scores, delayed_training(training, [rate], seeds, **watch)[0][0]
-
-
-def fastest(training: Training, rates: list[float], seeds: range, target: float):
-    """The rate that needs the fewest batches to the target, and losses until all are there."""
-    watch, most = partial(decided, target=target), 2 * training.config["num_batches"]
-
-    def score(losses: Tensor) -> Tensor:  # a seed that does not get there counts as far away
-        return batches_to(losses, target).clamp(max=most)
-
-    rate, _, losses = tuned(training, rates, seeds, score, watch=watch)
-    return rate, losses
+    best, scores = try_rates(rates, score_rates, fine)
+    shown = sorted({*best})
+    losses = dict(zip(shown, delayed_training(training, shown, seeds)[0], strict=True))
+    return Tuned(scores, best, [losses[rate] for rate in best])
 
 
-def spread(numbers: list[float], places: int = 0) -> str:
-    """Mean (lowest to highest), or - if one of them is infinite."""
+def mark(one: Sequence[float], other: Sequence[float]) -> str:
+    """< or >: one is less, or more, on so many of the same seeds that it is no chance. ~: neither.
+
+    Not all seeds are there: -.
+    """
+    if max(*one, *other) == torch.inf:
+        return "-"
+    signs = [(a > b) - (a < b) for a, b in zip(one, other, strict=True)]
+    often = {sign for sign in (-1, 1) if signs.count(sign) >= CLEAR * len(signs)}
+    return "<" if -1 in often else ">" if 1 in often else "~"
+
+
+def spread(numbers: list[float], places: int = 0, sign: str = "") -> str:
+    """Mean (lowest to highest), or - if one of them is infinite; and that sign."""
     if max(numbers) == torch.inf:
         return "-"
     mean, low, high = sum(numbers) / len(numbers), min(numbers), max(numbers)
-    return f"{mean:.{places}f} ({low:.{places}f}-{high:.{places}f})"
+    return f"{mean:.{places}f} ({low:.{places}f}-{high:.{places}f}) {sign}".rstrip()
 
 
 # ----------------------------------------------------------------------------------- pictures
