@@ -24,7 +24,6 @@ import importlib
 import inspect
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -231,7 +230,7 @@ def pin_versions(
 def build_schedule(config: dict) -> Schedule:
     """The rows of config["schedule"], with updates and weight versions. ValueError: bad config."""
     check_config(config)
-    num_stages, in_batch, num_batches = (config[key] for key in SIZES)
+    num_stages, in_batch, num_batches = (int(config[key]) for key in SIZES)
     rows = list_run(*SCHEDULES[config["schedule"]], num_stages, in_batch, num_batches)
     for stage, row in enumerate(rows):
         if sorted(row) != [(stage, k, m) for k in "BF" for m in range(in_batch * num_batches)]:
@@ -331,8 +330,6 @@ def simulate(
 
 class Residual(nn.Module):
     """x + scale * tanh(W x + b). With scale 2 / sqrt(depth) signals keep their size."""
-
-    # (Twelve plain Linear + ReLU layers shrink them: the loss was still 2.30 after 200 batches.)
 
     def __init__(self, size: int, scale: float):
         super().__init__()
@@ -470,6 +467,7 @@ def train(
 ) -> Run:
     """Run a schedule on real tensors in simulated order; watch(op, worker) sees each op, R too."""
     events = events or simulate(build_schedule(config), config)
+    config = {key: np.asarray(value).tolist() for key, value in config.items()}  # Python's numbers
     last_reader, device = last_readers(op for op, *_ in events), choose_device(config["device"])
     workers = [worker_class(stage.to(device, dtype), config) for stage in build_stages(config)]
     microbatches = split_batches(config, dtype)
@@ -645,6 +643,11 @@ def format_timeline(events: list[Event], width: int = 80) -> str:
     return "\n".join([*note, *lines])
 
 
+def format_divergence(run: Run) -> str:
+    diverged = not run.losses[-1] < 10 * run.losses[0]  # it may be NaN
+    return "The loss diverged: try a smaller learning_rate, less momentum or staleness\n" * diverged
+
+
 def main() -> None:
     config, _ = parse_config(__doc__)
     check_config(config)
@@ -697,15 +700,15 @@ Microbatches: {in_batch}
         loss = f"Batch {batch + 1}: Loss {losses[batch]:.4f} (weights v{batch} → v{batch + 1})"
         print(f"- {loss:<40}", *dict.fromkeys(read), sep="   ", flush=True)
 
-    run = train(config, watch=watch, events=events)
-    busy, slowest = used[chosen], makespan(runs["naive"])
-    print("\n📊 WHAT THE SIMULATION MEASURED\nMakespan: ", end="")
-    print(f"{makespan(events):.10g} time units (naive, one microbatch at a time: {slowest:.10g})")
+    run, busy = train(config, watch=watch, events=events), used[chosen]
+    print(
+        f"\n📊 WHAT THE SIMULATION MEASURED\nMakespan: {makespan(events):.10g} time units", end=" "
+    )
+    print(f"(naive, one microbatch at a time: {makespan(runs['naive']):.10g})")
     print(f"GPU utilization: {busy:.1%}, bubble (idle): {1 - busy:.1%}")
     print(end=f"{RECOMPUTED}\n" * config["recompute"])
     print(f"Test accuracy: {run.test_accuracy:.1%} of the digits that it was not trained on")
-    if not run.losses[-1] < 10 * run.losses[0]:
-        print("The loss diverged: try a smaller learning_rate, less momentum or staleness")
+    print(end=format_divergence(run))
     if not config["weight_stashing"] and not SCHEDULES[chosen][1] and num_stages > 1:
         print("Gradients are wrong where F and B differ: python -m pipedream audit, same flags")
     table = [["  schedule", "time", "busy", "in flight", "versions", "stale"]]
@@ -747,8 +750,9 @@ def check_value(key: str, value: Any, rule: Any) -> None:
         kind, least, most = rule
         items = value if kind is list and isinstance(value, list) else [value]
         types = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
-        numbers = (isinstance(x, types) and not isinstance(x, bool) for x in items)  # bool is int
-        good = all(numbers) and all(least <= x <= most for x in items)
+        good = all(
+            isinstance(x, types) and type(x) is not bool and least <= x <= most for x in items
+        )
         words = {int: "a whole number", float: "a number", list: "a number, or one per stage,"}
         form = "," if kind is int else "g"
         must = f"{words[kind]} from {least:{form}} to {most:{form}}"
@@ -797,9 +801,8 @@ def parse_value(text: str) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+def throw(error: BaseException) -> NoReturn:
+    raise error
 
 
 def parse_config(
@@ -808,12 +811,17 @@ def parse_config(
     """config with the flags of the command line on top; and what flags, {name: details}, said."""
     source, look = inspect.getsource(sys.modules[__name__]), argparse.RawDescriptionHelpFormatter
     text = "Each key is also a flag:" + source.partition("\nCONFIG =")[2].partition("\n}")[0]
-    parser = Parser(description=doc, epilog=text, formatter_class=look, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        None, None, doc, text, formatter_class=look, allow_abbrev=False
+    )
+    parser.error = lambda message: throw(UserError(message))  # type: ignore[method-assign]
     no = argparse.SUPPRESS  # no value unless a flag gives one, and no line of help
     for key in config:
         parser.add_argument(f"--{key}", type=parse_value, default=no, help=no)
     for name, details in (flags or {}).items():
         parser.add_argument(name, **details)
+    if odd := [text for text in argv or sys.argv if not text.isprintable()]:
+        raise UserError(f"{odd[0]!r} contains a character that cannot be printed")
     given = vars(parser.parse_args(argv))
     return {key: given.pop(key, value) for key, value in config.items()}, given
 
@@ -825,29 +833,31 @@ def run_main(main: Callable[[], object]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="plain")
-    for number in (signal.SIGINT, signal.SIGTERM):  # temporary files are removed on the way out
-        signal.signal(number, signal.default_int_handler)
-    gc.freeze()  # a long schedule is a million small tuples: search them for cycles less often
-    gc.set_threshold(100_000)
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # it is under nohup; else clean up and end
+            signal.signal(number, lambda number, _: throw(KeyboardInterrupt(number)))
+    gc.set_threshold(100_000)  # a long schedule is a million tuples: search cycles less often
     try:
         main()
         print(end="", flush=True)
         return 0
     except UserError as error:
         message = str(error)
-    except OSError as error:  # stdout is full, or it is | head, which has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 0
-        message = f"{error.filename or 'output'}: {error.strerror}"
-    except (MemoryError, RuntimeError) as error:
-        if not re.search("out of memory|Allocator|^$", str(error)):
+    except (MemoryError, OSError, RuntimeError) as error:
+        words = "out of memory", "Allocator", "allocate memory"
+        if isinstance(error, MemoryError) or any(each in str(error) for each in words):
+            message = "out of memory: try a smaller batch_size or hidden_size, or --device cpu"
+        elif isinstance(error, RuntimeError):
             raise
-        message = "out of memory: try a smaller batch_size or hidden_size, or --device cpu"
-    except KeyboardInterrupt:
-        message = "stopped"
+        else:  # stdout is full, or it is | head, which has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                return 0
+            message = f"{error.filename or 'output'}: {error.strerror}"
+    except KeyboardInterrupt as error:
+        message, number = "stopped", (*error.args, signal.SIGINT)[0]
     print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr, flush=True)
-    return 130 if message == "stopped" else 2
+    return 128 + number if message == "stopped" else 2
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ BY_STAGE, ON_ALL = [3, 2, 1, 0], [1, 1, 1, 1]
 
 @pytest.mark.parametrize(
     ("name", "schedule", "in_batch", "sync"),
-    [("0", "1f1b", 4, False), ("1", "pipedream", 4, True),
-     ("3 to 0", "pipedream", 1, False), ("3", "pipedream", 1, True)],
+    [("0", "1f1b", 4, False), ("1", "pipedream", 4, True), ("3 to 0", "pipedream", 1, False)],
 )  # fmt: skip
 def test_the_delays_are_those_of_the_schedules(name, schedule, in_batch, sync):
     config = {**TINY, "schedule": schedule, "num_microbatches": in_batch, "vertical_sync": sync}

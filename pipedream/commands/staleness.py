@@ -35,12 +35,11 @@ LEGEND = """\
    the target, mean (lowest to highest) of {seeds} seeds. Others: times as many, on
    the same seed. Each at the learning rate that is best for this target on {choosing}
    other seeds; a rate is out if ten losses ever average more than 1.5 times the
-   first one. >, <: more, fewer on nine of ten seeds or more; ~: neither. -: not
+   first one. >, <: more, fewer on 90% of the seeds or more; ~: neither. -: not
    all seeds get there in {batches} batches. Delay: by how many updates the gradients
-   are old. 1: 2BW; {last} to 0, by stage: PipeDream with one microbatch per batch;
-   {last}: the same with vertical sync. Remedies (PipeMare's rates, predicted
-   weights, a long Nesterov momentum) are not judged: these runs are too short
-   for them to warm up."""
+   are old. 1: 2BW; {last} to 0, by stage: PipeDream with one microbatch per batch.
+   Remedies (PipeMare's rates, predicted weights, a long Nesterov momentum) are
+   not judged: these runs are too short for them to warm up."""
 
 Cells = dict[tuple[str, str], list[list[float]]]  # optimizer, delay -> by target: batches, by seed
 
@@ -114,7 +113,7 @@ def draw_cost(cells: Cells, visual):
     ]
     figure = visual.new_picture(1400, 640, title.replace("infx", "-"), lines)
     for number, delay in enumerate(delays):
-        axes = visual.add_axes(figure, 90 + 440 * number, 160, 390, 400)
+        axes = visual.add_axes(figure, 90 + 660 * number, 160, 610, 400)
         axes.axhline(1, color=visual.INK, lw=1, zorder=0)
         for place, name in enumerate(names):
             hue, x = (

@@ -39,8 +39,8 @@ LEGEND = """\
    (lowest to highest) of {seeds} seeds, at the learning rate that is best for this
    target on {choosing} other seeds. A rate is out if ten losses ever average more than
    1.5 times the first one. Time: when that batch's loss is known, in forwards
-   of a whole batch on a stage. <, >: sooner, later than pipedream on nine of
-   ten seeds or more; ~: neither. -: not all seeds get there in {batches} batches.
+   of a whole batch on a stage. <, >: sooner, later than pipedream on 90% of the
+   seeds or more; ~: neither. -: not all seeds get there in {batches} batches.
    old: by how many updates the gradients are, on each GPU. held: the most
    microbatches in flight on a GPU."""
 

@@ -62,8 +62,8 @@ def muon(g: Tensor, state: dict, batch: int, beta=0.95) -> Tensor:
 
 OPTIMIZERS: dict[str, tuple[Callable, list[float]]] = {  # -> (function, learning rates to try)
     "SGD": (sgd, [0.8 / 2**k for k in range(7)]),
-    "momentum": (momentum, [3.2 / 2**k for k in range(9)]),
-    "Adam": (adam, [0.064 / 2**k for k in range(9)]),
+    "momentum": (momentum, [1.6 / 2**k for k in range(7)]),
+    "Adam": (adam, [0.032 / 2**k for k in range(7)]),
     "Muon": (muon, [0.064 / 2**k for k in range(7)]),
 }
 
@@ -166,10 +166,5 @@ class OptimizerWorker(Worker):
 
 def delay_table(num_stages: int) -> dict[str, list[int]]:
     """How old are the weights: with a flush, in 2BW, in PipeDream with one microbatch per batch."""
-    last = num_stages - 1
-    return {
-        "0": [0] * num_stages,
-        "1": [1] * num_stages,
-        f"{last} to 0": [*range(last, -1, -1)],
-        f"{last}": [last] * num_stages,
-    }
+    by_stage = [*range(num_stages)][::-1]
+    return {"0": [0] * num_stages, "1": [1] * num_stages, f"{num_stages - 1} to 0": by_stage}
