@@ -66,7 +66,9 @@ def best_partition(
     A cut sends activations, and gradients of the same size back, over the links of every level that
     it crosses; this overlaps with computing. (The authors' program leaves it out by default, and
     counts what the first stage sends on its receivers' links alone.) With several levels, all
-    machines that share a part of the network divide it among their GPUs in the same way.
+    machines that share a part of the network divide it among their GPUs in the same way. Each stage
+    is then counted as if it had its machine's link to itself, as the authors' program does: several
+    stages of one machine promise too much there.
     """
     check_request(layers, gpus, bandwidths, straight, memory)
     gpus, bandwidths = [*map(int, gpus)], [*map(float, bandwidths)]  # not NumPy's
