@@ -743,6 +743,8 @@ def save(files: dict[Path, Callable[[Path], Any]], read: Iterable[Path] = ()) ->
         for part, path in parts.items():
             part.replace(path)
         return results
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"cannot write {path}: {path.parent} is not a folder") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -785,8 +787,7 @@ PICTURES: dict[str, Callable[[dict], Figure]] = {
 
 
 def main() -> None:
-    out = {"type": Path, "default": Path(), "metavar": "DIR"}
-    out["help"] = "folder for the pictures (default: .)"
+    out = {"type": Path, "default": Path(), "metavar": "DIR", "help": "for pictures (default: .)"}
     animate = {"action": "store_true", "help": "also pipeline.gif, the run as an animation"}
     config, given = pipe.parse_config(__doc__, flags={"--out": out, "--animate": animate})
     pipe.check_config(config)

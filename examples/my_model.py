@@ -6,8 +6,12 @@ torchrun --nproc-per-node 2 examples/my_model.py --schedule zb-v --save checkpoi
 The example is a small causal transformer that learns the bytes of the README (or of this file).
 """
 
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during a slow import: no traceback
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +27,6 @@ TEXT = README if README.exists() else Path(__file__)  # or any other
 
 # Layers: each gets the tensor that the one before returns, and returns one of the same shape in
 # every step. The dimensions of x and y begin with the sequences of the batch.
-
-
 class Embed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -56,11 +58,8 @@ TIED = [((0, "token.weight"), (DEPTH + 1, "1.weight"))]  # parameters that are o
 
 
 def my_batch(number: int, train: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, targets, and how many targets count. All processes must draw the same batch.
-
-    So it depends on the arguments alone, and a run that is resumed needs only its step.
-    """
-    generator = torch.Generator().manual_seed(2 * number + train)
+    """Inputs, targets, and how many targets count. All processes must draw the same batch."""
+    generator = torch.Generator().manual_seed(2 * number + train)  # no more: a run can be resumed
     text = torch.tensor([*TEXT.read_bytes()])
     text = text.unfold(0, LENGTH + 1, LENGTH)  # pieces; each tenth one is for evaluation
     tenth, rows = torch.arange(len(text)) % 10 == 0, BATCH if train else EVAL_BATCH

@@ -128,9 +128,7 @@ def cut_into_stages(layers, size, args):
         rule = f"--schedule {args.schedule} on {size} processes takes {takes}, none empty"
         raise UserError(f"--cut {cut} of {layers} layers: {rule}")
     spans = [range(*ends) for ends in zip(cut, [*cut[1:], layers], strict=True)]
-    last = (
-        len(cut) - 1
-    )  # a V comes back over the same processes; the others start again at the first
+    last = len(cut) - 1  # a V comes back over the same processes; the others start again
     return spans, [min(s, last - s) if v else s % size for s in range(len(cut))]
 
 
@@ -419,6 +417,8 @@ def main(model):
         args = parser.parse_args()
         if args.until and not args.save:
             raise UserError("--until needs --save")
+        if args.save and args.save.is_file():
+            raise UserError(f"--save {args.save} is not a folder")
         logging.disable()  # where a process fails, PyTorch would print the whole schedule
         if os.environ.keys() >= LAUNCHED:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback
@@ -426,8 +426,8 @@ def main(model):
             os._exit(0)  # while Python takes itself down, a thread of gloo's may abort the process
         else:
             start(args.processes or 2)
-    except (KeyboardInterrupt, SignalException):
-        os._exit(130)
+    except (KeyboardInterrupt, SignalException) as error:
+        os._exit(128 + getattr(error, "sigval", signal.SIGINT))
     except (Exception, dcp.CheckpointException) as error:
         end(error, model)
 

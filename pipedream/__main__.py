@@ -85,7 +85,8 @@ def run_as_rank(command, argv: list[str]) -> None:
 def run(command, argv: list[str]) -> None:
     """Parse the flags of a command, check its config, and call its main."""
     from pipedream.backstage.cli import parse
-    from pipedream.schedules.plans import PLAN_CONFIG, describe_file, settle
+    from pipedream.schedules.plans import PLAN_CONFIG, describe_file, file_of, settle
+    from pipedream_simple import UserError
 
     defaults = {**PLAN_CONFIG, **getattr(command, "DEFAULTS", {})}
     takes = command.TAKES.split() if hasattr(command, "TAKES") else defaults
@@ -93,6 +94,9 @@ def run(command, argv: list[str]) -> None:
     config, flags = parse(command, own or {key: defaults[key] for key in takes}, argv)
     if not own:
         named = {flag.removeprefix("--").partition("=")[0] for flag in argv}
+        for key in getattr(command, "REFUSES", "").split():  # it sets them; a file is one more
+            if key in named and not (key == "schedule" and file_of(config)):
+                raise UserError(f"{key}={config[key]!r} changes nothing here: leave out --{key}")
         config = settle({**defaults, **config}, named & {*takes})
     command.main(config, **flags)
     if not own and os.environ.get("RANK", "0") == "0":

@@ -49,12 +49,13 @@ def help_of(name: str) -> str:
     for key, default in literal(source, "DEFAULTS", {}).items():
         value = repr(default).replace("'", '"')
         keys[key] = re.sub(r": .*?,(?=  #|$)", f": {value},", keys[key], count=1)
-    takes = literal(source, "TAKES", " ".join(keys)).split()
+    takes = {*literal(source, "TAKES", " ".join(keys)).split()}
+    takes -= {*literal(source, "REFUSES", "").split()}
     shown = [line for key, line in keys.items() if key in takes]
     width = 2 + max(map(len, flags), default=0)
     parts = [docstring(source), "\n".join(f"    {f:<{width}}{flags[f]}" for f in flags)]
     parts += ["Each of these keys is also a flag:", "\n".join(shown)] if shown else []
-    if "weight_gradient_time" in takes:  # it takes every schedule
+    if "schedule" in takes:  # every one
         names = re.findall(r'^    "([\w-]+)": \(', source_of("pipedream.schedules.rows"), re.M)
         parts.append(f"schedule may also be {', '.join(names)},\nor a FILE.csv.")
     return "\n\n".join(filter(None, parts))

@@ -25,10 +25,11 @@ def check_suffix(path: Path, suffix: str) -> None:
 def check_output(path: Path, suffix: str = "") -> None:
     """Raise a UserError now, and not after minutes, where a file cannot be written."""
     check_suffix(path, suffix)
-    if path.exists() and not path.is_file():
-        raise UserError(f"cannot write {path}: it is not a regular file")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if (path.exists() and not path.is_file()) or not folder.is_dir():
+        what = f"{path.parent} is not a folder" if folder.is_file() else "it is not a regular file"
+        raise UserError(f"cannot write {path}: {what}")
     try:
-        folder = next(folder for folder in path.absolute().parents if folder.exists())
         TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -25,6 +25,7 @@ from pipedream.schedules.memory import Bytes, MemoryMeter, memory_formula
 from pipedream.schedules.plans import Plan, all_plans, format_plans
 
 FLAGS = {"--out DIR": "for the picture"}
+REFUSES = "schedule weight_stashing vertical_sync"
 DEFAULTS = {"num_microbatches": 8, "backward_time": 2, "layers_per_stage": 2, "chunks_per_gpu": 2}
 
 SLOW = 0.5  # of a GPU's forward, for a message

@@ -11,6 +11,7 @@ from pipedream.backstage.measures import tick
 from pipedream.schedules.plans import format_plans, make_plan, settle
 from pipedream_simple import RECOMPUTED, makespan
 
+REFUSES = "schedule in_flight"
 LEGEND = """\
    limit: microbatches in flight on GPU0, at most (--in_flight). It falls evenly
    to 1 on the last GPU. *: the default, num_stages. A limit of 1 is naive. With

@@ -16,14 +16,8 @@ from pipedream.backstage.text import shorten, shown
 from pipedream.planning.replicas import differences, train_replicated
 
 FLAGS = {"PLAN": "GPUs of each stage: 2-1-1"}
-TAKES = (
-    "num_microbatches layers_per_stage hidden_size batch_size num_batches learning_rate "
-    "momentum seed device network weight_stashing vertical_sync recompute forward_time "
-    "backward_time comm_time verbose"
-)
-KEYS = {
-    key: simple.CONFIG[key] for key in TAKES.split()
-}  # times may be lists: one per stage of the plan
+REFUSES = "num_stages schedule chunks_per_gpu overlap_time in_flight weight_gradient_time"
+KEYS = {key: value for key, value in simple.CONFIG.items() if key not in REFUSES.split()}
 
 
 def main(config: dict, plan: str) -> None:
@@ -40,8 +34,8 @@ def main(config: dict, plan: str) -> None:
         f"Weight versions per stage: {simple.format_per_gpu(versions.peak)}\n"
         f"Largest difference between the weights of two replicas: {apart:g}"
     )
-    if config["recompute"]:
-        print(simple.RECOMPUTED)
+    print(end=f"{simple.DIVERGED}\n" * (not run.losses[-1] < 10 * run.losses[0]))
+    print(end=f"{simple.RECOMPUTED}\n" * config["recompute"])
 
 
 def read_replicas(plan: str) -> list[int]:

@@ -16,10 +16,7 @@ from pipedream.schedules.plans import Plan, make_plan
 from pipedream.schedules.reasons import critical_path, explain_moment
 from pipedream_simple import RECOMPUTED, Event, UserError, check_value, format_table, makespan
 
-FLAGS = {
-    "--gpu D": "a GPU; 0 is the first",
-    "--time T": "a time, in time units",
-}
+FLAGS = {"--gpu D": "a GPU; 0 is the first", "--time T": "a time, in time units"}
 
 LEGEND = """\
    Times are simulated; the row "all" adds up the GPUs. Idle: fill, before the

@@ -1,4 +1,4 @@
-"""Is PipeDream worth it? The simulated time to a loss, to three of them.
+"""Is PipeDream worth it? The simulated time to three losses.
 
     python -m pipedream worth                two minutes: tables and worth.png
     python -m pipedream worth --num_microbatches 16
@@ -171,27 +171,29 @@ def draw_worth(races: list[Race], targets: list[float], visual):
     """A panel per target, a row per schedule but naive: times by pipedream's on the same seed."""
     hero = hero_of(races)
     rows = sorted((one for one in races if one.name != "naive"), key=lambda one: sum(one.times[-1]))
-    title, microbatches = "Clearly sooner than PipeDream: ", hero.plan.config["num_microbatches"]
-    for number, target in enumerate(targets):
-        ahead = [one.name for one in rows if marks_of(one, hero)[number] == "<"]
-        names = " and ".join(ahead) if len(ahead) < 3 else f"{len(ahead)} of {len(rows) - 1}"
-        title += f"{', ' * (number > 0)}at {target:g} {names or 'none'}"
+    ahead = [
+        [one.name for one in rows if marks_of(one, hero)[n] == "<"] for n in range(len(targets))
+    ]
+    names = [" and ".join(each) if len(each) < 3 else f"{len(each)} schedules" for each in ahead]
+    parts = [f"{each or 'none'} at {target:g}" for each, target in zip(names, targets, strict=True)]
+    title = f"Clearly sooner than PipeDream: {', '.join(parts) if any(names) else 'none'}"
+    microbatches = count(hero.plan.config["num_microbatches"], "microbatch")
     lines = [
-        f"{count(microbatches, 'microbatch')}: simulated time to a training loss, by that of "
+        f"{microbatches}: simulated time to a training loss, by that of "
         "PipeDream on the same seed: mean and range.",
         "Each at the best rate for this loss. Filled: clearly different. Red: old gradients.",
     ]
     high, width = 36 * len(rows), (1200 - 30 * len(targets)) / len(targets)
     figure = visual.new_picture(1400, 240 + high, title, lines)
+    most = max(max(ratios_of(one, hero, n), default=1) for one in rows for n in range(len(targets)))
+    ticks = [tick for tick in (0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 32) if tick <= 1.3 * most]
     for number, target in enumerate(targets):
         axes = visual.add_axes(figure, 170 + number * (width + 40), 160, width, high)
         axes.axvline(1, color=visual.INK, lw=1)
-        most = max(
-            1.0, *(draw_row(axes, y, one, hero, number, visual) for y, one in enumerate(rows))
-        )
+        for y, one in enumerate(rows):
+            draw_row(axes, y, one, hero, number, visual)
         axes.set_yticks(range(len(rows)), [one.name * (number == 0) for one in rows], fontsize=10)
-        ticks = [tick for tick in (0.25, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16) if tick <= most]
-        axes.set(xscale="log", ylim=(len(rows) - 0.4, -0.6), xlim=(None, 1.4 * most))
+        axes.set(xscale="log", ylim=(len(rows) - 0.4, -0.6), xlim=(0.45, 1.4 * most))
         axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
         axes.minorticks_off()
         axes.set_title(f"to a loss of {target:g}", fontsize=11)
@@ -199,16 +201,19 @@ def draw_worth(races: list[Race], targets: list[float], visual):
     return figure
 
 
-def draw_row(axes, y: float, one: Race, hero: Race, number: int, visual) -> float:
-    """A point, and a line from the lowest to the highest seed; the most. Not there: no point."""
-    times, other = one.times[number], hero.times[number]
-    if (sign := mark(times, other)) == "-":
-        return 1
-    ratios = [a / b for a, b in zip(times, other, strict=True)]
+def ratios_of(one: Race, hero: Race, number: int) -> list[float]:
+    """Times to that target by those of the hero, by seed; none where not all seeds get there."""
+    pairs = zip(one.times[number], hero.times[number], strict=True)
+    return [a / b for a, b in pairs] if marks_of(one, hero)[number] != "-" else []
+
+
+def draw_row(axes, y: float, one: Race, hero: Race, number: int, visual) -> None:
+    """A point, and a line from the lowest to the highest seed."""
+    if not (ratios := ratios_of(one, hero, number)):
+        return
     color = visual.HUES[4] if any(one.delays) else visual.HUES[0]
-    mean, clear = sum(times) / sum(other), one is hero or sign != "~"
+    mean = sum(one.times[number]) / sum(hero.times[number])
+    filled = one is hero or marks_of(one, hero)[number] != "~"
     axes.plot([min(ratios), max(ratios)], [y, y], color=color, lw=2, zorder=1)
-    axes.plot(mean, y, "o", color=color, mfc=color if clear else "white", ms=8, zorder=2)
-    label = f"{mean:.2f}" if one is not hero else f"{sum(times) / len(times):.0f}"
-    axes.text(max(ratios) * 1.05, y, label, va="center", color=color, fontsize=9)
-    return max(ratios)
+    axes.plot(mean, y, "o", color=color, mfc=color if filled else "white", ms=8, zorder=2)
+    axes.text(1.07 * max(ratios), y, f"{mean:.2f}", va="center", color=color, fontsize=9)

@@ -14,13 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 import pipedream_simple as simple
-from pipedream.backstage.measures import (
-    in_short,
-    peak_in_flight,
-    peak_versions,
-    rounded,
-    staleness,
-)
+from pipedream.backstage.measures import in_short, peak_in_flight, peak_versions, rounded, staleness
 from pipedream.backstage.text import shorten, shown
 from pipedream.schedules.files import check_rows, file_of, read_csv, what_was_skipped
 from pipedream.schedules.rows import LIBRARY, limited

@@ -35,9 +35,7 @@ def means(losses: Tensor) -> Tensor:
 
 
 def batches_to(losses: Tensor, target: float) -> Tensor:
-    """How many batches (the last dimension) until the mean of the last ten is below; or inf."""
-    if losses.shape[-1] < WINDOW:
-        return torch.full(losses.shape[:-1], torch.inf)
+    """How many batches (the last dimension, ten or more) until a mean of ten is below; or inf."""
     below = (means(losses) < target).cpu()
     first = below.int().argmax(-1) + WINDOW
     return torch.where(below.any(-1), first.double(), torch.inf)
