@@ -497,8 +497,7 @@ def train(
 
     assert not any([sent, *(worker.in_flight for worker in workers)]), "something was left behind"
     weights = [worker.versions.pop(config["num_batches"]) for worker in workers]
-    test_accuracy = accuracy([worker.module for worker in workers], weights, config)
-    return Run(workers[-1].losses, weights, test_accuracy)
+    return Run(workers[-1].losses, weights, accuracy([w.module for w in workers], weights, config))
 
 
 # ======================== the story ends here; the rest serves it ==========================

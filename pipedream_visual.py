@@ -43,11 +43,12 @@ from pipedream_simple import Event, Op, UserError, count, makespan, utilization
 
 # --------------------------------------------------------------------------------------- look
 #
-# Hue says which microbatch, or which weight version where versions are the subject. Dark or light
-# says forward or backward, and a label repeats both where it fits: nothing is told by color alone.
-# Lengths are in pixels.
+# Hue says which microbatch; where weight versions are the subject, other hues say which version.
+# Dark or light says forward or backward, and a label repeats both where it fits: nothing is told by
+# color alone. Lengths are in pixels.
 
-HUES = ("#0000cc", "#a66300", "#3c2859", "#8500a6", "#a60000", "#208080")  # microbatch m: m % 6
+HUES = ("#2c4f8f", "#ad620c", "#262b38", "#7a68b8", "#86303a", "#35806f")  # microbatch m: m % 6
+VERSION_HUES = "#5b6a10", "#512a50", "#1f7f96", "#555555"  # version v: v % 4
 INK, GREY, LANE, SHADE = "#222222", "#6b6b6b", "#ececec", "#bcbcbc"
 STYLE = {"font.size": 9, "text.color": INK, "hatch.linewidth": 0.5}
 STYLE |= {"text.hinting": "no_hinting"}  # takes a tenth of the time
@@ -65,9 +66,10 @@ def house_style() -> Any:
     return matplotlib.style.context(["default", STYLE])
 
 
-def colors(op: Op) -> tuple[tuple, str]:
-    """Fill and label color of an op: its microbatch's hue, under white or a tint under black."""
-    hue, tint = to_rgb(HUES[op.microbatch % len(HUES)]), TINT[op.kind]
+def colors(op: Op, versions: int = 0) -> tuple[tuple, str]:
+    """Fill and label color of an op: the hue of its microbatch, or with versions of its version."""
+    hues, number = (VERSION_HUES, op.version) if versions else (HUES, op.microbatch)
+    hue, tint = to_rgb(hues[number % len(hues)]), TINT[op.kind]
     return tuple(tint + (1 - tint) * part for part in hue), "black" if tint else "white"
 
 
@@ -117,7 +119,9 @@ def add_legend(figure: Figure, ops: list[Op], more: list[Patch], versions: bool 
             if versions:
                 label = f"{kind}: {name} on {', '.join(f'v{version}' for version in some)}"
                 label += ", ..." * (len(drawn) > 3)
-            entries[label] = tuple(Patch(color=colors(Op(0, kind, n, 0))[0]) for n in some)
+            entries[label] = tuple(
+                Patch(color=colors(Op(0, kind, n, n), versions)[0]) for n in some
+            )
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         entries |= zip(labels, handles, strict=True)
@@ -217,8 +221,7 @@ def draw_ops(axes: Axes, events: list[Event], faded="", versions=0, stages=False
     for op, gpu, start, end in events:
         if op.kind != "U":
             hollow = op.kind == faded
-            hued = op._replace(microbatch=op.version) if versions else op
-            fill, ink = ("white", GREY) if hollow else colors(hued)
+            fill, ink = ("white", GREY) if hollow else colors(op, versions)
             name = str(op) if stages else f"{op.kind}{op.microbatch}"
             name += f"\nv{op.version}" * (versions > 0)
             place = 0.06, ops_end(versions)
@@ -410,16 +413,15 @@ class Panel(NamedTuple):
 
 @house_style()
 def weight_versioning(config: dict) -> Figure:
-    """A GPU's stash at work, the same moment without it, and the versions on all GPUs."""
+    """A GPU's stash at work and the same moment without it; or all GPUs, where none is needed."""
     events, stream = simulated(config), {**config, "schedule": "pipedream"}
     kept = simulated(stream, weight_stashing=True)
     lost = simulated(stream, weight_stashing=False, vertical_sync=False)
-    panels = [all_gpus(config, events)]
-    if find_example(kept):
-        close = [close_up("PipeDream's GPU{} with weight stashing", kept)]
-        close += [close_up("The same GPU without weight stashing", lost)]
-        flush = config["schedule"] != "pipedream"  # it needs no stash: below it, for contrast
-        panels = panels + close if flush else close + panels
+    without = config["schedule"] != "pipedream" or not find_example(kept)
+    panels = [all_gpus(config, events)] * without
+    if find_example(kept):  # below a schedule with a flush, for contrast
+        panels += [close_up("PipeDream's GPU{} with weight stashing", kept)]
+        panels += [close_up("The same GPU without weight stashing", lost)]
     title, lines = tell_versions(config, events)
     lines.append("Color is the weight version: dark for a forward, light for a backward.")
     heights = [2 * LINE + 36 + LINE * bool(p.example) + rows_and_height(p)[1] for p in panels]
@@ -471,28 +473,26 @@ def draw_panel(figure: Figure, top: float, panel: Panel) -> None:
     if height > 70 * len(gpus):
         for gpu, most in zip(gpus, peaks(events), strict=True):
             y = gpu + (ops_end(rows) + 0.97) / 2
-            beside(axes, -8, y, "versions", ha="right", fontsize=7)
+            beside(axes, -8, y, "versions" if rows == 1 else "newest\nkept", ha="right", fontsize=7)
             beside(axes, axes.bbox.width + 10, y, f"max {most}", fontsize=7)
     if example:
         draw_example(axes, *example)
 
 
 def draw_memory(axes: Axes, panel: Panel, rows: int) -> None:
-    """Below the ops the weight versions: filled while newest, hollow while kept for readers."""
+    """Below the ops the weight versions: the newest filled, and below it those kept for readers."""
     over, top, gpus = makespan(panel.events), ops_end(rows) + 0.03, gpus_of(panel.events)
-    high = (0.97 - top) / rows  # of a bar; versions alive at once lie in different rows
-    free_at = dict.fromkeys(itertools.product(gpus, range(rows)), 0.0)
+    high = (0.97 - top) / rows  # of a bar; versions that are kept at once lie in different rows
+    y = [(top + (row + 0.1) * high, top + (row + 0.9) * high) for row in range(rows)]
     readers = pipe.last_readers(op for op, *_ in panel.events)
     newest, kept, edges = [], [], []
     for (gpu, v), (start, superseded, end) in lifetimes(panel.events).items():
-        row = next(row for row in range(rows) if free_at[gpu, row] <= start)
-        free_at[gpu, row] = end
-        place, text = (gpu, top + (row + 0.1) * high, top + (row + 0.9) * high), f"v{v}"
-        dark, light = (colors(Op(gpu, kind, v, 0))[0] for kind in "FB")
-        newest.append(Box(start, min(superseded, over), *place, light, text))
+        dark, light = (colors(Op(gpu, kind, 0, v), versions=rows)[0] for kind in "FB")
+        newest.append(Box(start, min(superseded, over), gpu, *y[0], light, f"v{v}"))
         if end > superseded:
-            text += f", kept until B{readers[gpu, v].microbatch} has read it" * bool(panel.example)
-            kept.append(Box(superseded, end, *place, "white", text))
+            text = f", kept until B{readers[gpu, v].microbatch} has read it"
+            text = f"v{v}" + text * (bool(panel.example) and end <= panel.until)  # if there is room
+            kept.append(Box(superseded, end, gpu, *y[1 + v % (rows - 1)], "white", text))
             edges.append(dark)
     thick = high * axes.bbox.height / len(gpus) > 8  # pixels
     style = {"edgecolors": INK, "linewidths": 0.7 * thick, "zorder": 2}
@@ -510,13 +510,13 @@ def draw_marks(axes: Axes, events: list[Event], bottom: float) -> None:
     axes.vlines(x, np.add(lane, 0.02), np.add(lane, bottom + 0.04), gid="updates", **line)
     axes.plot([], [], "|", color=INK, ms=11, mew=2.5, label="weight update")
     wrong, inset = misreads(events), 2 * (last - first) / axes.bbox.width
-    crosses = [
+    frames = [
         Box(start + inset, end - inset, gpu, 0.08, bottom - 0.02)
         for op, gpu, start, end in events
         if op in wrong and first < end and start < last and end - start > 7 * inset
     ]
-    style = {"edgecolors": "#00000099", "linewidths": 0.5, "hatch": "xxxx", "zorder": 2.5}
-    add_boxes(axes, crosses, label="reads other weights than its forward did", **style)
+    style = {"edgecolors": HUES[4], "linewidths": 2, "zorder": 2.5}
+    add_boxes(axes, frames, label="reads other weights than its forward did", **style)
 
 
 def draw_example(axes: Axes, forward: Event, backward: Event) -> None:
@@ -578,8 +578,8 @@ def utilization_comparison(config: dict) -> Figure:
     lines = [
         f"{count(num_stages, 'GPU')}, simulated: one microbatch at a time; batches of {in_batch:,} "
         f"with a flush after each; {count(config['num_batches'], 'batch')} in a row without one.",
-        "With equal stages and free links, one formula holds for all: n microbatches in a row keep "
-        "S GPUs busy for n / (n + S - 1) of the time.",
+        "With equal stages and free links, one formula holds for all: K microbatches in a row keep "
+        "S GPUs busy for K / (K + S - 1) of the time.",
     ]
     gaps = [100 * (part - in_a_row(n, num_stages)) for n, part, _ in bars]
     if max(map(abs, gaps)) > 1e-6:
@@ -615,12 +615,12 @@ def draw_curve(axes: Axes, bars: list[tuple[int, float, str]], num_stages: int) 
     """The formula as a line, and the simulated runs as marks."""
     right = 1.3 * max(n for n, *_ in bars)
     axes.set(xscale="log", xlim=(0.9, right), ylim=(0, 1.03), ylabel="GPU utilization")
-    axes.set(xlabel="n: microbatches in a row without a flush", yticks=[0, 0.25, 0.5, 0.75, 0.9, 1])
-    x, label = np.geomspace(0.9, right, 200), f"formula n / (n + {num_stages - 1})"
+    axes.set(xlabel="K: microbatches in a row without a flush", yticks=[0, 0.25, 0.5, 0.75, 0.9, 1])
+    x, label = np.geomspace(0.9, right, 200), f"formula K / (K + {num_stages - 1})"
     axes.plot(x, in_a_row(x, num_stages), color=GREY, label=label, zorder=1)
     points = itertools.groupby(bars, lambda bar: bar[:2])  # one batch: two runs in one point
     for ((n, part), same), marker in zip(points, "os^", strict=False):
-        label = f"n = {n:,}: {part:.1%}  " + "\n".join(name for *_, name in same)
+        label = f"K = {n:,}: {part:.1%}  " + "\n".join(name for *_, name in same)
         axes.plot([n], [part], marker, ms=8, color=HUES[0], label=label, zorder=2, clip_on=False)
         axes.plot([0.9, n, n], [part, part, 0], color=HUES[0], lw=0.7, ls=":", zorder=1)
     ticks = [n * 10**power for power in range(9) for n in (1, 2, 5) if n * 10**power <= right]

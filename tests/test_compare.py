@@ -198,6 +198,7 @@ def test_nothing_is_sent_inside_a_gpu(run, tmp_path):
         *("why --gpu 4 --time 0", "why --gpu -1 --time 0", "why --gpu 0", "why --time 0"),
         *("why --gpu a --time 0", "why --gpu True --time 0", "why --gpu 0 --time 46.5"),
         *("why --gpu 0 --time nan", "why --gpu 0 --time -0.5"),
+        *("page --out my.csv", "compare --out my.csv/new", "page --out my.csv/new"),
         *("page --out /dev/null", "page --schedule none.csv", "page --num_batches 500"),
         "export a.csv --schedule interleaved --num_microbatches 2",
         "export a.csv --schedule interleaved --chunks_per_gpu 2",
@@ -212,6 +213,7 @@ def test_bad_input_gets_one_line_and_changes_nothing(run, tmp_path, flags):
     before = sorted(os.listdir(tmp_path))
     status, out, err = run(*flags.split())
     assert (status, out, err.count("\n")) == (2, "", 1)
+    assert ("--out" in flags) == ("is not a folder" in err)
     assert len(err) < 600
     assert sorted(os.listdir(tmp_path)) == before
     assert (tmp_path / "my.csv").read_text() == "0F0,0B0\n"

@@ -424,6 +424,7 @@ def test_a_file_that_cannot_be_measured_gets_one_line(run, mine, text, words):
         *("gpt2.json --sequence 4096", "list.json", "broken.json", "other.json", "deep.json"),
         *("--layers 2 --gpus 10 --even True --replicas 2", "--precision fp32 --gradients bf16"),
         "--sequence 10000000 --microbatch_size 10000000",
+        *(f"--{key} None" for key in KEYS if key not in ("microbatch_size", "sequence", "layers")),
         "--gpus 9 --replicas 9 --zero 3 --num_microbatches 36",  # no equal groups inside a machine
     ],
 )

@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -338,6 +340,25 @@ def test_bad_configs_are_refused_from_python_too():
         simulate(build_schedule(CONFIG), {**CONFIG, "forward_time": -5})
 
 
+@pytest.mark.parametrize("settings", [
+    {"num_batches": np.uint8(100)}, {"num_microbatches": np.int8(4), "num_batches": 40},
+    {"batch_size": np.int64(64), "seed": np.uint16(3)}, {"learning_rate": np.float32(0.125)},
+])  # fmt: skip
+def test_numpys_numbers_train_as_pythons_do(settings):
+    config = {**CONFIG, "num_stages": 2, "hidden_size": 8}
+    plain = {key: np.asarray(value).item() for key, value in settings.items()}
+    assert train({**config, **settings}).losses == train({**config, **plain}).losses
+
+
+def test_a_control_character_in_a_flag_never_reaches_the_terminal(run):
+    for command in (["why", "--schedule"], ["trace"], ["page", "--out"], ["plan", "--gpus", 2]):
+        status, out, err = run(*command, "a\x1b[31m\nb.csv")
+        assert (status, out) == (2, "")
+        assert err.endswith("'a\\x1b[31m\\nb.csv' contains a character that cannot be printed\n")
+    assert "\x1b" not in run("pipedream_simple.py", "\x1b[31m").err
+    assert "\x1b" not in run("pipedream_visual.py", "--out", "\x1b[31m").err
+
+
 def test_alone_in_a_folder_it_runs_and_its_config_is_checked(tmp_path):
     """Copied with digits.npz: nothing else of ours is there."""
     source, script = SCRIPT.read_text("utf-8"), tmp_path / "pipedream_simple.py"
@@ -367,6 +388,8 @@ def test_out_of_memory_names_batch_size_and_the_cpu(program, monkeypatch):
 
     for error in (
         MemoryError(),
+        MemoryError("Unable to allocate output buffer."),  # so do NumPy and zlib, which read digits
+        zlib.error("Error -4 while decompressing data"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
     ):
@@ -375,8 +398,9 @@ def test_out_of_memory_names_batch_size_and_the_cpu(program, monkeypatch):
         assert "batch_size" in err
         assert "--device cpu" in err
     assert fails_with(KeyboardInterrupt())[::2] == (130, "pipedream_simple.py: stopped\n")
-    with pytest.raises(RuntimeError, match="a bug"):  # not the reader's fault: with its traceback
-        fails_with(RuntimeError("a bug"))
+    for error in (RuntimeError("a bug"), ValueError("another")):  # with a traceback
+        with pytest.raises(type(error), match=str(error)):
+            fails_with(error)
 
 
 # ---------------------------------------------------------------------- where and how it ends

@@ -119,6 +119,19 @@ def test_train_prints_what_was_trained(run):
     assert RECOMPUTED not in out
 
 
+def test_a_run_that_diverges_is_said_to(run):
+    for command in (["train", "2-1"], ["audit"], ["compare", "--num_batches", 3]):
+        assert "The loss diverged: try a smaller" in run(*command, "--learning_rate", 1e12).out
+    assert "diverged" not in run("train", "2-1").out
+
+
+@pytest.mark.parametrize("value", ["four", "4,4", "nan", "None", "", "0"])
+def test_a_bad_number_of_microbatches_gets_one_line(run, value):
+    status, out, err = run("train", "2-1-1", "--num_microbatches", value)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "num_microbatches=" in err
+
+
 def test_times_may_be_one_per_stage_of_the_plan_and_recompute_is_said_to_count(run):
     flags = "--num_batches", 1, "--hidden_size", 8, "--forward_time", "1,2", "--recompute", True
     status, out, _ = run("train", "1-1", *flags)

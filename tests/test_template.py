@@ -489,7 +489,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path):
             ),
             (),
             1,
-            "process 1: line 72 of my_model.py: KeyError: 'x'",
+            "process 1: line 71 of my_model.py: KeyError: 'x'",
         ),
         (
             (("        return self.dropout(", "        return 2, self.dropout("),),
@@ -511,12 +511,36 @@ def test_a_mistake_is_one_line_and_ends_all_processes(tmp_path, changes, flags, 
     assert not processes_of(path)
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_stopped_while_its_processes_import_torch_it_says_nothing(tmp_path, name):
+    path, number = copied(tmp_path), getattr(signal, name)
+    process = started(path, "--steps", 500)
+    assert process.stdout.readline().startswith("starting")
+    for _ in range(1000):
+        if any(b"libtorch" in maps_of(child) for child in processes_of(path)[1:]):
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    assert ended(process) == (128 + number, [], [])
+    assert not processes_of(path)
+
+
+def maps_of(number):
+    try:
+        with open(f"/proc/{number}/maps", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
 def test_flags_that_are_wrong_are_one_line(tmp_path):
     path = EXAMPLES / "my_model.py"
+    (tmp_path / "file").write_text("mine")
     for flags, line in (
         (("--step", 3), "process 0: unrecognized arguments: --step 3"),
         (("--steps", 0), "process 0: argument --steps: must be 1 or more"),
         (("--until", 3), "process 0: --until needs --save"),
+        (("--save", tmp_path / "file"), f"process 0: --save {tmp_path / 'file'} is not a folder"),
         (("--schedule", "zb-h1"), "process 0: argument --schedule: invalid choice: 'zb-h1'"),
     ):
         status, _, (said,) = ended(started(path, *flags))

@@ -27,7 +27,7 @@ def check_output(path: Path, suffix: str = "") -> None:
     check_suffix(path, suffix)
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if (path.exists() and not path.is_file()) or not folder.is_dir():
-        what = f"{path.parent} is not a folder" if folder.is_file() else "it is not a regular file"
+        what = "it is not a regular file" if folder.is_dir() else f"{path.parent} is not a folder"
         raise UserError(f"cannot write {path}: {what}")
     try:
         TemporaryFile(dir=folder).close()

@@ -17,7 +17,7 @@ from pipedream.backstage.audit import Audit, VersionCount
 from pipedream.backstage.text import shorten
 from pipedream.schedules.halves import train_plan
 from pipedream.schedules.plans import Plan, make_plan
-from pipedream_simple import Op, Worker, format_per_gpu, format_table
+from pipedream_simple import DIVERGED, Op, Worker, format_per_gpu, format_table
 
 GRADIENT_ERROR = """\
    |gradient - true| / |true|, true being backpropagation on the weights that
@@ -33,7 +33,7 @@ def main(config: dict) -> None:
         audit(op, worker)
         versions(op, worker)
 
-    train_plan(plan, watch=watch)
+    run = train_plan(plan, watch=watch)
     print(f"{plan.name}: weight versions, stage 0 first, and how wrong the gradients are\n")
     print("\n".join(shorten(format_table(read_table(plan, audit), "   "), 24, "rows")))
     ops = [op for row in plan.schedule for op in row if op[:3] in audit.read]
@@ -46,6 +46,7 @@ def main(config: dict) -> None:
         values = [f"{measure(of_stage):.1%}" for of_stage in errors]
         print(f"Gradient error, stage by stage, {name}: {format_per_gpu(values, 8)}")
     print(GRADIENT_ERROR)
+    print(end=f"{DIVERGED}\n" * (not run.losses[-1] < 10 * run.losses[0]))
     if agree < len(ops):
         sys.exit(1)
 

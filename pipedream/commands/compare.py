@@ -87,18 +87,19 @@ def without_variants(plans: list[Plan]) -> list[Plan]:
 def measured_lines(plans: list[Plan]) -> list[str]:
     """Train on every plan: a table, its legend, and whether memory_formula predicted the memory."""
     table = [["schedule", "loss", "accuracy", "to SGD", "KiB of activations", "KiB in all"]]
-    agree: list[bool] = []
+    agree, diverged = list[bool](), False
     for number, (plan, error) in enumerate(zip(plans, distances(plans), strict=True), start=1):
         progress(f"training as {plan.name.strip()}, {number} of {len(plans)}")
         meter = MemoryMeter(plan.schedule)
         run = meter.train(plan)
+        diverged |= not run.losses[-1] < 10 * run.losses[0]
         cells = f"{run.losses[-1]:.4f}", f"{run.test_accuracy:.1%}", f"{error:.1e}"
         activations = in_kib(held.activations for held in meter.peak)
         table.append([plan.name, *cells, activations, in_kib(map(sum, meter.peak))])
         if plan.config["network"] == "residual":
             agree += map(Bytes.__eq__, meter.peak, memory_formula(plan))
     progress("")
-    again = [simple.RECOMPUTED] * plans[0].config["recompute"]
+    again = [simple.RECOMPUTED] * plans[0].config["recompute"] + [simple.DIVERGED] * diverged
     formula = f"   Memory is as memory_formula predicts on {sum(agree)} of {len(agree)} GPUs."
     return [*simple.format_table(table), MEASURED, *again, *([formula] if agree else [])]
 
@@ -118,18 +119,20 @@ def distances(plans: list[Plan]) -> Iterator[float]:
 
 
 def draw_plans(plans: list[Plan], visual):
-    """The simulated runs one below the other on one time axis, until the slowest but naive ends."""
+    """The simulated runs one below the other on one time axis: as much as leaves room for labels."""
     plans = without_variants(plans)
     runs = [(plan, rounded(plan.events)) for plan in plans]
     ends = {plan.name: simple.makespan(events) for plan, events in runs}
     until = max([end for name, end in ends.items() if name != "naive"], default=ends["naive"])
+    narrowest = min((events for _, events in runs), key=visual.shortest)
+    until = min(until, visual.shortest(narrowest) * (visual.WIDEST // visual.SLOT))
     devices = max(len(plan.schedule) for plan in plans)
     lane, top = min(42, 3000 / (devices * len(plans))), 3 * visual.LINE
     panel = visual.LINE + lane * devices + 50
-    width = visual.LEFT + visual.plot_width(runs[0][1], until) + visual.RIGHT
+    width = visual.LEFT + visual.plot_width(narrowest, until) + visual.RIGHT
     fastest = ", ".join(name for name, end in ends.items() if end == min(ends.values()))
     title = f"{simple.count(len(plans), 'schedule')}, one time axis. The fastest: {fastest}"
-    about = "Simulated; a long naive run is cut off. F3: forward of microbatch 3; 8F3: on stage 8."
+    about = "The beginning of each run, simulated. F3: forward of microbatch 3; 8F3: on stage 8."
     figure = visual.new_picture(width, top + panel * len(plans) + 60, title, [about])
     for row, (plan, events) in enumerate(runs):
         place, lanes = top + row * panel, len(plan.schedule)

@@ -33,6 +33,8 @@ FLAGS = {
     "--out DIR": "for the picture",
 }
 DEFAULTS = {"num_batches": 200, "backward_time": 2, "layers_per_stage": 2, "chunks_per_gpu": 2}
+DEFAULTS |= {"num_microbatches": 8}
+REFUSES = "schedule weight_stashing vertical_sync"
 
 LEGEND = """\
    Batches: until the mean training loss of ten is below the target: mean

@@ -25,7 +25,7 @@ SIMPLEST = (  # of PyTorch's schedules, the simplest first
 FEWEST = {"1f1b": 1, "dualpipe-v": 2}  # microbatches per GPU, or PyTorch refuses
 IN_ROUNDS = "interleaved", "interleaved-zb", "zb-h1"  # about as many at a time as there are GPUs
 CLOSE = 1.05  # a simpler schedule may take so many times as long as the fastest
-MUCH = 1.5  # what a delay of one batch costs Adam, in batches: python -m pipedream staleness
+MUCH = 1.5  # times as many batches: about what one late batch costs Adam at most, see staleness
 
 
 class Case(NamedTuple):

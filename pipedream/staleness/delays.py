@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn, vmap
 from torch.func import functional_call, stack_module_state
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from pipedream_simple import Op, Weights, Worker, build_stages, choose_device, make_batches
@@ -61,10 +62,10 @@ def muon(g: Tensor, state: dict, batch: int, beta=0.95) -> Tensor:
 
 
 OPTIMIZERS: dict[str, tuple[Callable, list[float]]] = {  # -> (function, learning rates to try)
-    "SGD": (sgd, [0.8 / 2**k for k in range(7)]),
-    "momentum": (momentum, [1.6 / 2**k for k in range(7)]),
-    "Adam": (adam, [0.032 / 2**k for k in range(7)]),
-    "Muon": (muon, [0.064 / 2**k for k in range(7)]),
+    "SGD": (sgd, [0.8 / 2**k for k in range(5)]),
+    "momentum": (momentum, [0.8 / 2**k for k in range(5)]),
+    "Adam": (adam, [0.032 / 2**k for k in range(6)]),
+    "Muon": (muon, [0.032 / 2**k for k in range(5)]),
 }
 
 # ----------------------------------------------------------------------------------- training
@@ -98,7 +99,8 @@ class StackedStage:
     def forward(self, x: Tensor) -> Tensor:
         """(runs, images, size) in and out, on the weights of delay updates ago."""
         self.read = {name: w.clone().requires_grad_() for name, w in self.versions[0].items()}
-        return vmap(partial(functional_call, self.module))(self.read, (x,))
+        with sdpa_kernel(SDPBackend.MATH):  # vmap knows no other attention
+            return vmap(partial(functional_call, self.module))(self.read, (x,))
 
     def update(self, gradients: Weights, batch: int) -> None:
         """A step of the newest weights, along the gradients of old ones."""
@@ -111,10 +113,7 @@ class StackedStage:
 
 
 def delayed_training(
-    training: Training,
-    rates: list[float],
-    seeds: Sequence[int],
-    dtype: torch.dtype = torch.float32,
+    training: Training, rates: list[float], seeds: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, list[Weights]]:
     """Losses (rates, seeds, batches) of training with these delays, and each stage's last weights.
 
