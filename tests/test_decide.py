@@ -20,7 +20,8 @@ from pipedream.planning.decide import (
 from pipedream.planning.layouts import NO_PIPELINE, RECOMPUTE, Layout, Need, Way
 
 README = (ROOT / "README.md").read_text("utf-8")
-DECIDE = README.partition("**Decide.**")[2].partition("\n## ")[0]
+DECIDE = (ROOT / "examples" / "README.md").read_text("utf-8").partition("**Decide.**")[2]
+DECIDE = DECIDE.partition("\n## ")[0]
 ROWS = [row.strip("| ").split(" | ") for row in re.findall(r"^\| `llama.*$", DECIDE, re.M)]
 
 
@@ -183,13 +184,10 @@ def test_a_schedule_that_does_not_fit_is_not_advised_and_recompute_comes_last():
 
 
 def test_old_gradients_are_worth_a_try_where_the_time_is_what_a_late_batch_costs_adam():
-    """The README's table of staleness: so many batches of Adam, one batch late."""
-    rows = [
-        re.search(rf"^\| {what}[^|]*\|(.*)\|$", README, re.M)[1].split("|")
-        for what in ("fresh gradients", "one batch late")
-    ]
-    fresh, late = (int(row[2]) for row in rows)
-    assert late / fresh == MUCH
+    """The README's table of prices: at most about so many times as many batches, one late."""
+    (row,) = re.findall(r"^\| one batch late[^|]*\|(.*)\|$", README, re.M)
+    prices = [*map(float, row.split("|")[2].split("/"))]  # of Adam, to three losses
+    assert abs(max(prices) - MUCH) < 0.1
     for time, answer in (
         (1.4, "No: 1f1b takes 1.40 times"),
         (1.6, "Perhaps: 1f1b takes 1.60 times"),

@@ -128,6 +128,22 @@ def test_a_rate_is_scored_by_target_and_out_once_it_diverges():
     assert tuning.score_targets([5])(one_of_two).tolist() == [[[math.inf]] * 2]
 
 
+def test_a_cell_ends_early_only_when_no_other_rate_can_win():
+    never, late = torch.full((1, 30), 9.0), torch.tensor([[9.0] * 20 + [0.0] * 10])
+    both = torch.stack([never, late])
+    assert not tuning.decided(both[..., :24], [5])
+    assert tuning.decided(both, [5])
+    assert not tuning.decided(both, [5, -1])
+    broken = torch.tensor([[9.0] * 5 + [0.0] * 15 + [math.nan] * 10])  # first, but diverged
+    assert not tuning.decided(torch.stack([broken, never]), [5])
+    training = Training({**TINY, "num_batches": 60}, ON_ALL, sgd)
+    targets, rates = (2.0, 1.0), OPTIMIZERS["SGD"][1]
+    tuned = tuning.tune_for(targets, training, rates, range(3), quick=False)
+    whole = tuning.tune(training, rates, range(3), tuning.score_targets(targets))
+    assert tuned.rates == whole.rates
+    assert all((a == b).all() for a, b in zip(tuned.losses, whole.losses, strict=True))
+
+
 @pytest.mark.parametrize("wanted", [(2.0**-9, 2.0**-3), (1.0, 1.5), (2.0**9, 0.9), (0.3, 0.3)])
 @pytest.mark.parametrize("fine", [True, False])
 def test_the_grid_grows_and_is_refined_until_the_best_rates_are_inside(wanted, fine):
@@ -322,7 +338,7 @@ def test_worth_tells_who_is_ahead_of_pipedream_at_which_target(run, monkeypatch)
     assert "zb-h1 is left out: so it is" in out
     assert "\n0.3 < 0.1 >: naive.\n0.3 < 0.1 ~: gpipe, zb-v.\n" in out
     assert "\nLater than pipedream at every target: 1f1b.\n" in out
-    assert "Clearly sooner than PipeDream: 3 schedules at 0.3, none at 0.1" in out
+    assert "Clearly sooner than PipeDream: gpipe and zb-v at 0.3, none at 0.1" in out
 
 
 def test_times_are_those_of_batches_in_forwards_of_a_whole_batch():

@@ -565,7 +565,7 @@ def test_the_files_are_short_and_take_public_names_only():
     for text in (model, trainer):
         text = text.replace("__", "").replace("os._exit", "")
         assert not re.search(r"\b_[a-z]", text)
-    readme = (ROOT / "README.md").read_text()
+    readme = (EXAMPLES / "README.md").read_text()
     assert BY_HAND in readme
     assert TORCHRUN in readme
 

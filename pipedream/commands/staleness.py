@@ -17,7 +17,7 @@ from pipedream.backstage.output import check_output, draw_and_write
 from pipedream.backstage.text import progress
 from pipedream.staleness import tuning
 from pipedream.staleness.delays import OPTIMIZERS, Training, delay_table
-from pipedream.staleness.tuning import CHOOSING, TARGETS, batches_to, mark, score_targets, spread
+from pipedream.staleness.tuning import CHOOSING, TARGETS, batches_to, mark, spread, tune_for
 from pipedream_simple import check_value, format_table
 
 FLAGS = {"--quick": "two optimizers, fewer rates and seeds", "--out DIR": "for the picture"}
@@ -68,8 +68,8 @@ def fill(config: dict, quick: bool) -> Cells:
     for number, (name, delay) in enumerate(keys, start=1):
         progress(f"{number} of {len(keys)}: {name}, delay {delay}")
         optimizer, rates = OPTIMIZERS[name]
-        training, score = Training(config, delays[delay], optimizer), score_targets(TARGETS)
-        tuned = tuning.tune(training, rates, seeds, score, 3 if quick else CHOOSING, not quick)
+        training = Training(config, delays[delay], optimizer)
+        tuned = tune_for(TARGETS, training, rates, seeds, quick)
         pairs = zip(tuned.losses, TARGETS, strict=True)
         cells[name, delay] = [batches_to(losses, target).tolist() for losses, target in pairs]
     progress("")

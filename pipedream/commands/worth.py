@@ -24,7 +24,7 @@ from pipedream.backstage.text import progress
 from pipedream.schedules.plans import Plan, all_plans
 from pipedream.staleness import tuning
 from pipedream.staleness.delays import Training, momentum
-from pipedream.staleness.tuning import CHOOSING, TARGETS, Tuned, mark, score_targets, spread
+from pipedream.staleness.tuning import CHOOSING, TARGETS, Tuned, mark, spread, tune_for
 from pipedream_simple import UserError, check_value, count, format_table
 
 FLAGS = {
@@ -106,8 +106,8 @@ def train_delayed(
 ) -> Tuned:
     """The recurrence at the best rate for each target."""
     beta, rates = config["momentum"], [config["learning_rate"] * 2.0**k for k in range(2, -4, -1)]
-    training, score = Training(config, delays, partial(momentum, beta=beta)), score_targets(targets)
-    tuned = tuning.tune(training, rates, seeds, score, 3 if quick else CHOOSING, fine=not quick)
+    training = Training(config, delays, partial(momentum, beta=beta))
+    tuned = tune_for(targets, training, rates, seeds, quick)
     return tuned._replace(rates=[rate * (1 - beta) for rate in tuned.rates])  # --learning_rate
 
 

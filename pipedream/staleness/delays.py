@@ -113,11 +113,16 @@ class StackedStage:
 
 
 def delayed_training(
-    training: Training, rates: list[float], seeds: Sequence[int], dtype: torch.dtype = torch.float32
+    training: Training,
+    rates: list[float],
+    seeds: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    watch: Callable[[Tensor], bool] = lambda losses: False,
 ) -> tuple[Tensor, list[Weights]]:
     """Losses (rates, seeds, batches) of training with these delays, and each stage's last weights.
 
-    Stage s reads version max(0, b - delays[s]) for batch b.
+    Stage s reads version max(0, b - delays[s]) for batch b. Ends early when watch(losses) is true,
+    which is asked every ten batches.
     """
 
     def of_runs(make: Callable[[dict], list]) -> Iterator[tuple]:
@@ -147,6 +152,8 @@ def delayed_training(
         gradients = iter(torch.autograd.grad(loss.sum(), read))
         for stage in stages:
             stage.update({name: next(gradients) for name in stage.read}, batch)
+        if batch % 10 == 9 and watch(torch.stack(losses, 2)):
+            break
     return torch.stack(losses, 2).cpu(), [stage.newest for stage in stages]
 
 

@@ -6,6 +6,7 @@ of 0.3 is too large to get to 0.05. So whatever is compared is tuned first, for 
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,14 @@ def score_targets(targets: Sequence[float]) -> Score:
     return score
 
 
+def decided(losses: Tensor, targets: Sequence[float]) -> bool:
+    """No other rate can still become the best for one of the targets, however training goes on."""
+    batches = torch.stack([batches_to(losses, each) for each in targets])  # (goals, rates, seeds)
+    least = batches.clamp(max=losses.shape[-1] + 1).mean(-1)
+    best = least.masked_fill(diverged(losses).any(-1).cpu(), torch.inf).argmin(-1)
+    return bool(batches[range(len(targets)), best].isfinite().all())
+
+
 def try_rates(
     rates: list[float], score: Callable[[list[float]], Tensor], fine=True
 ) -> tuple[list[float], dict[float, Tensor]]:
@@ -84,21 +93,34 @@ def try_rates(
 
 
 def tune(
-    training: Training, rates: list[float], seeds: range, score: Score, number=CHOOSING, fine=True
+    training: Training,
+    rates: list[float],
+    seeds: range,
+    score: Score,
+    number: int = CHOOSING,
+    fine: bool = True,
+    **watch,
 ) -> Tuned:
     """The best rates for that number of other seeds, and losses of these seeds.
 
-    A rate would flatter those it is chosen with.
+    A rate would flatter those it is chosen with. watch: as in delayed_training, while choosing.
     """
     others = range(seeds[0] + 1000, seeds[0] + 1000 + number)
 
     def score_rates(rates: list[float]) -> Tensor:
-        return score(delayed_training(training, rates, others)[0])
+        return score(delayed_training(training, rates, others, **watch)[0])
 
     best, scores = try_rates(rates, score_rates, fine)
     shown = sorted({*best})
     losses = dict(zip(shown, delayed_training(training, shown, seeds)[0], strict=True))
     return Tuned(scores, best, [losses[rate] for rate in best])
+
+
+def tune_for(targets: Sequence[float], training: Training, rates: list[float], seeds: range, quick):
+    """The rates with which training is soonest at each target; quick: fewer rates and seeds."""
+    score, watch = score_targets(targets), partial(decided, targets=targets)
+    number = 3 if quick else CHOOSING
+    return tune(training, rates, seeds, score, number, fine=not quick, watch=watch)
 
 
 def mark(one: Sequence[float], other: Sequence[float]) -> str:
