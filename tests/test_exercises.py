@@ -20,10 +20,8 @@ import pipedream_simple as pipe
 from pipedream.__main__ import COMMANDS
 from pipedream.backstage.audit import VersionCount
 from pipedream.backstage.measures import peak_in_flight, peak_versions
-from pipedream.commands import neighbours
 from pipedream.planning.profiles import read_profile
 from pipedream.planning.search import best_partition
-from pipedream.processes.ways import formulas, full_config
 from pipedream.schedules import plans, rows
 from pipedream.schedules.halves import train_plan
 from pipedream.schedules.plans import PLAN_CONFIG, make_plan
@@ -107,7 +105,7 @@ def test_there_are_twelve_from_five_minutes_to_an_hour_and_they_name_what_exists
     assert [int(number) for number, *_ in found] == [*range(1, 13)]
     assert (minutes[0], minutes[-1], minutes) == (5, 60, sorted(minutes))
     known = {*pipe.SCHEDULES, *COMMANDS, *PLAN_CONFIG, *vars(pipe), *vars(plans), *vars(rows)}
-    assert {*re.findall(r"`([a-zA-Z]\w+)`", TEXT)} <= known | {"Mine", "ScheduleZBVZeroBubble"}
+    assert {*re.findall(r"`([a-zA-Z]\w+)`", TEXT)} <= known | {"LAYERS", "Mine", "ScheduleZBVZeroBubble"}
 
 
 def test_1_utilization_is_the_closed_form(play):
@@ -299,26 +297,10 @@ def test_11_the_rows_are_those_of_pytorch(play):
         assert sum("W" in b and a != b.replace("W", "I") for a, b in pairs) == waiting
 
 
-def test_12_data_parallelism_wins_where_the_closed_forms_say(play):
-    play(12)
-    rate, links = 4e14, (5e10, 4.5e11)
-    least = [2 / 3 * rate / bandwidth for bandwidth in links]
-    for weights, gpus, m in ((7e9, 8, 16), (7e10, 8, 16), (7e9, 64, 16), (7e9, 4, 64)):
-        run = {"schedule": "1f1b", "num_stages": gpus, "num_microbatches": m, "backward_time": 2}
-        for tokens, bandwidth in zip(least, links, strict=True):
-            forward = 2 * weights * tokens / gpus / rate
-            all_reduce = 2 * (gpus - 1) / gpus * 2 * weights / bandwidth
-            pipeline = forward * simulated(**run)[0]
-            assert 3 * m * forward + all_reduce == pytest.approx(pipeline)
-    for batch in itertools.count(1):
-        config = full_config({**neighbours.KEYS, "hidden_size": 256, "batch_size": batch})
-        sent = {name: max(row["sent"]) for name, row in formulas(config).items()}
-        if sent["pipeline 1F1B"] >= sent["data parallel"]:
-            break
-    values, *fixed = neighbours.SWEEPS["batch_size"]
-    assert fixed == ["hidden_size", 256]
-    assert values[0] < batch < values[-1]
-    llama, images = 12 * 32 * 4096 * 7 / 8, 6 * 4 * 256 * 3 / 4 / 64
-    words = [4, 4, 12, f"{llama:,.0f}", f"{4e6 / llama:.1f}", 4, 6, 2, 3]
-    words += [f"{tokens:,.0f}" for tokens in least]
-    assert figures(12) == shown(*words, 6, 4, 256, 3, 4, 64, images, batch)
+def test_12_its_commands_exist(run):
+    """What they print, and that a run of the flags of plan is as it says: test_profile.py."""
+    (commands,) = blocks(12, "sh")
+    flags = [line.split()[3:] for line in commands.splitlines() if " -m pipedream " in line]
+    assert [name for name, *_ in flags] == ["fit", "profile", "plan"]
+    model = str(ROOT / "examples" / "my_model.py")
+    assert run(*[model if word == "my_model.py" else word for word in flags[0]]).status == 0
