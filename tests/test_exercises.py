@@ -105,7 +105,11 @@ def test_there_are_twelve_from_five_minutes_to_an_hour_and_they_name_what_exists
     assert [int(number) for number, *_ in found] == [*range(1, 13)]
     assert (minutes[0], minutes[-1], minutes) == (5, 60, sorted(minutes))
     known = {*pipe.SCHEDULES, *COMMANDS, *PLAN_CONFIG, *vars(pipe), *vars(plans), *vars(rows)}
-    assert {*re.findall(r"`([a-zA-Z]\w+)`", TEXT)} <= known | {"LAYERS", "Mine", "ScheduleZBVZeroBubble"}
+    assert {*re.findall(r"`([a-zA-Z]\w+)`", TEXT)} <= known | {
+        "LAYERS",
+        "Mine",
+        "ScheduleZBVZeroBubble",
+    }
 
 
 def test_1_utilization_is_the_closed_form(play):

@@ -119,7 +119,7 @@ def distances(plans: list[Plan]) -> Iterator[float]:
 
 
 def draw_plans(plans: list[Plan], visual):
-    """The simulated runs one below the other on one time axis: as much as leaves room for labels."""
+    """The simulated runs one below the other on one time axis, as long as labels have room."""
     plans = without_variants(plans)
     runs = [(plan, rounded(plan.events)) for plan in plans]
     ends = {plan.name: simple.makespan(events) for plan, events in runs}

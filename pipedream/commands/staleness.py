@@ -34,12 +34,12 @@ LEGEND = """\
    Delay 0, after a flush: batches until the mean training loss of ten is below
    the target, mean (lowest to highest) of {seeds} seeds. Others: times as many, on
    the same seed. Each at the learning rate that is best for this target on {choosing}
-   other seeds; a rate is out if ten losses ever average more than 1.5 times the
+   other seeds; a rate is out if ten losses average more than 1.5 times the
    first one. >, <: more, fewer on 90% of the seeds or more; ~: neither. -: not
    all seeds get there in {batches} batches. Delay: by how many updates the gradients
    are old. 1: 2BW; {last} to 0, by stage: PipeDream with one microbatch per batch.
-   Remedies (PipeMare's rates, predicted weights, a long Nesterov momentum) are
-   not judged: these runs are too short for them to warm up."""
+   Remedies are not judged: PipeMare's rates and a long Nesterov momentum need
+   longer runs, predicted weights (SpecTrain) may help at once."""
 
 Cells = dict[tuple[str, str], list[list[float]]]  # optimizer, delay -> by target: batches, by seed
 

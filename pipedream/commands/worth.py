@@ -39,12 +39,12 @@ REFUSES = "schedule weight_stashing vertical_sync"
 LEGEND = """\
    Batches: until the mean training loss of ten is below the target: mean
    (lowest to highest) of {seeds} seeds, at the learning rate that is best for this
-   target on {choosing} other seeds. A rate is out if ten losses ever average more than
+   target on {choosing} other seeds. A rate is out if ten losses average more than
    1.5 times the first one. Time: when that batch's loss is known, in forwards
    of a whole batch on a stage. <, >: sooner, later than pipedream on 90% of the
-   seeds or more; ~: neither. -: not all seeds get there in {batches} batches.
-   old: by how many updates the gradients are, on each GPU. held: the most
-   microbatches in flight on a GPU."""
+   seeds or more (by chance once in 50; with --quick in 16); ~: neither. -: not
+   all seeds get there in {batches} batches. old: how many updates old the gradients
+   are, GPU by GPU. held: the most microbatches in flight on a GPU."""
 
 
 class Race(NamedTuple):
@@ -181,8 +181,8 @@ def draw_worth(races: list[Race], targets: list[float], visual):
     title = f"Clearly sooner than PipeDream: {', '.join(parts) if any(names) else 'none'}"
     microbatches = count(hero.plan.config["num_microbatches"], "microbatch")
     lines = [
-        f"{microbatches}: simulated time to a training loss, by that of "
-        "PipeDream on the same seed: mean and range.",
+        f"{microbatches}: simulated time to a training loss, divided by "
+        "PipeDream's on the same seed: mean and range.",
         "Each at the best rate for this loss. Filled: clearly different. Red: old gradients.",
     ]
     high, width = 36 * len(rows), (1200 - 30 * len(targets)) / len(targets)
@@ -214,7 +214,7 @@ def draw_row(axes, y: float, one: Race, hero: Race, number: int, visual) -> None
     if not (ratios := ratios_of(one, hero, number)):
         return
     color = visual.HUES[4] if any(one.delays) else visual.HUES[0]
-    mean = sum(one.times[number]) / sum(hero.times[number])
+    mean = sum(ratios) / len(ratios)
     filled = one is hero or marks_of(one, hero)[number] != "~"
     axes.plot([min(ratios), max(ratios)], [y, y], color=color, lw=2, zorder=1)
     axes.plot(mean, y, "o", color=color, mfc=color if filled else "white", ms=8, zorder=2)

@@ -25,7 +25,7 @@ SIMPLEST = (  # of PyTorch's schedules, the simplest first
 FEWEST = {"1f1b": 1, "dualpipe-v": 2}  # microbatches per GPU, or PyTorch refuses
 IN_ROUNDS = "interleaved", "interleaved-zb", "zb-h1"  # about as many at a time as there are GPUs
 CLOSE = 1.05  # a simpler schedule may take so many times as long as the fastest
-MUCH = 1.5  # times as many batches: about what one late batch costs Adam at most, see staleness
+MUCH, MORE = 1.5, 2.7  # times as many batches: what one late batch costs Adam at most, and seven
 
 
 class Case(NamedTuple):
@@ -137,13 +137,14 @@ def refused(schedule: str, gpus: int, microbatches: int) -> str:
 
 def old_gradients(ways: list[Way], best: Way, kind: str, layout: Layout, memory: float) -> str:
     """Is the best way so slow that PipeDream is worth a try?"""
-    name = f"pipedream {'2BW' if layout.each >= layout.stages - 1 else '2019'}"
+    enough = layout.each >= layout.stages - 1  # then no gradient is more than one batch late
+    name, much = ("pipedream 2BW", MUCH) if enough else ("pipedream 2019", MORE)
     old = next((way for way in ways if way.name == name), None)
     if old is None or old.needs[kind].total > memory:
         return f"No: {name} does not fit."
     ratio = best.times[kind] / old.times[kind]
     text = f"{best.name} takes {ratio:.2f} times as long as {name}"
-    if ratio < MUCH:
-        return f"No: {text}, less than {MUCH}."
+    if ratio < much:
+        return f"No: {text}, less than {much}."
     tolerant = "If your optimizer tolerates delay, measure first: python -m pipedream worth"
     return f"Perhaps: {text}. {tolerant}"

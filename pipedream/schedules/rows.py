@@ -72,7 +72,7 @@ def zb_h1(device: int, num_devices: int, num_microbatches: int, times: int = 1) 
 
 
 def zb_h2(device: int, num_devices: int, num_microbatches: int) -> Row:
-    """ZB-H1 with twice the warmup, and each W twice as late: no bubble, for twice the memory.
+    """ZB-H1 with twice the warmup, and each W twice as late: hardly a bubble, for twice the memory.
 
     A GPU that has started is never idle, if f = I = W, links are free and M >= 2S - 1. Then it
     holds 2S - 1 microbatches. Stage s starts s turns after stage 0, and is done with a batch as
@@ -129,7 +129,7 @@ def interleaved_zb(
 ) -> Row:
     """Interleaved with each backward cut in half: I at once, and W device d's d backwards later.
 
-    Results return after I, so one more forward ahead for each GPU behind is enough, not two, and W
+    With free links one more forward ahead for each GPU behind is enough, not two, and W
     fills what would be idle. With f = I = W the bubble is a third of interleaved's, (D - 1) / V,
     and no GPU holds more than D microbatches. But nothing is left to hide a message, so slow links
     cost much. M must be a multiple of D. V = 1 is ZB-H1.
@@ -164,7 +164,7 @@ def in_a_v(device: int, num_devices: int, num_microbatches: int, ops: str) -> Ro
 
 
 def zb_v(device: int, num_devices: int, num_microbatches: int) -> Row:
-    """No bubble at the memory of 1F1B: two stages per GPU, laid out as a V, and cut backwards.
+    """Hardly a bubble at the memory of 1F1B: two stages per GPU, laid out as a V, cut backwards.
 
     The stages go down the GPUs and up again, so GPU0 holds the first and the last one. A microbatch
     that has come up again starts its backward where it is, and gives back early what it holds: no

@@ -124,7 +124,7 @@ def tune_for(targets: Sequence[float], training: Training, rates: list[float], s
 
 
 def mark(one: Sequence[float], other: Sequence[float]) -> str:
-    """< or >: one is less, or more, on so many of the same seeds that it is no chance. ~: neither.
+    """< or >: one is less, or more, on so many of the same seeds that chance is rare. ~: neither.
 
     Not all seeds are there: -.
     """
