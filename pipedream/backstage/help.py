@@ -48,7 +48,8 @@ def help_of(name: str) -> str:
         keys |= key_lines(source_of("pipedream.schedules.plans"), "PLAN_CONFIG")
     for key, default in literal(source, "DEFAULTS", {}).items():
         value = repr(default).replace("'", '"')
-        keys[key] = re.sub(r": .*?,(?=  #|$)", f": {value},", keys[key], count=1)
+        line, *_ = keys[key].partition(". Try")  # which is for another default
+        keys[key] = re.sub(r": .*?,(?=  #|$)", f": {value},", line, count=1)
     takes = {*literal(source, "TAKES", " ".join(keys)).split()}
     takes -= {*literal(source, "REFUSES", "").split()}
     shown = [line for key, line in keys.items() if key in takes]

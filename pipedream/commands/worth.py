@@ -32,8 +32,13 @@ FLAGS = {
     "--quick": "fewer learning rates and seeds",
     "--out DIR": "for the picture",
 }
-DEFAULTS = {"num_batches": 200, "backward_time": 2, "layers_per_stage": 2, "chunks_per_gpu": 2}
-DEFAULTS |= {"num_microbatches": 8}
+DEFAULTS = {
+    "num_microbatches": 8,
+    "layers_per_stage": 2,
+    "num_batches": 200,
+    "backward_time": 2,
+    "chunks_per_gpu": 2,
+}
 REFUSES = "schedule weight_stashing vertical_sync"
 
 LEGEND = """\
