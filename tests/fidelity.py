@@ -142,7 +142,7 @@ def measured(model: SimpleNamespace) -> list[Layer]:
 def compare_models(schedule: str = "1f1b") -> list[list[str]]:
     """Rows of a table: of each model and cut, a step in milliseconds, real and simulated."""
     clock.MOST = 3  # seconds, before and after a run
-    clock.APART, clock.ALONE = 1, 0  # it may be busy here
+    clock.APART, clock.ALONE = 9, 0  # it may be busy here
     took: dict[tuple, list[tuple[float, float]]] = {}
     for _ in range(ROUNDS):
         for name, model in MODELS.items():

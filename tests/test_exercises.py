@@ -261,7 +261,7 @@ def test_9_the_delay_is_what_the_derivation_says(play):
     _, weights = delayed_sgd(config, lambda stage: 2)
     flat = torch.cat([w.flatten() for stage in weights for w in stage.values()])
     torch.testing.assert_close(names["late"](config, 2), flat, rtol=0, atol=1e-12)
-    assert figures(9) == shown(0, 0, 1, min(m for m, d in delays.items() if d == 1))
+    assert figures(9) == shown(0, 0, 1, min(m for m, d in delays.items() if d == 1), 0)
 
 
 def test_10_bubbles_are_the_closed_forms(play):

@@ -396,7 +396,7 @@ def test_ctrl_c_ends_all_processes_with_a_word(tmp_path, moment):
 BAD = {
     "mine.py x.txt": r"x\.txt.*must end in \.csv",
     "mine.py dir.csv": r"dir\.csv.*not a regular file",
-    "mine.py /dev/null/my.csv": "Not a directory",
+    "mine.py /dev/null/my.csv": "not a folder",
     "mine.py --hidden_size 32": "hidden_size=32 is not for mine.py",
     "mine.py --num_microbatches 5": "num_microbatches=5 must divide its 32 rows",
     "mine.py --processes 0": "processes=0 must be",
