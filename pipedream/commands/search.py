@@ -28,7 +28,7 @@ SIZES = "num_stages", "layers_per_stage", "hidden_size"
 SEARCHED = [(8, 2, 32), (16, 2, 32), (32, 1, 16), (32, 1, 32), (32, 1, 64)]
 LEGEND = """\
    Loss of the last 20 of {batches} batches, with weight stashing and without: mean
-   (lowest to highest) of {seeds} seeds, at the best of 7 or more learning rates,
+   (lowest to highest) of {seeds} seeds, at the best of 5 or more learning rates,
    chosen on {choosing} other seeds. worse, better: than with stashing, and the seeds
    do not overlap. One microbatch per batch: the delay falls by one from stage
    to stage."""
