@@ -811,7 +811,8 @@ def parse_config(
         parser.add_argument(f"--{key}", type=parse_value, default=SUPPRESS, help=SUPPRESS)
     for name, details in (flags or {}).items():
         parser.add_argument(name, **details)
-    if odd := [text for text in argv or sys.argv if not text.isprintable()]:
+    texts = sys.argv[1:] if argv is None else argv
+    if odd := [text for text in texts if re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", text)]:
         raise UserError(f"{odd[0]!r} contains a character that cannot be printed")
     given = vars(parser.parse_args(argv))
     return {key: given.pop(key, value) for key, value in config.items()}, given

@@ -148,6 +148,17 @@ def test_an_unknown_command_names_the_nearest(run):
     assert run("xyz").err.startswith("pipedream: unknown command 'xyz': it must be one of audit, ")
 
 
+def test_other_peoples_modules_may_use_the_package(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import pipedream.schedules.rows\n")
+    (tmp_path / "mine" / "tool.py").write_text("print('mine')\n")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    for flags in (["-m", "mine.tool"], ["-Bmpipedream"], ["-m", "pipedream.__main__"]):
+        done = subprocess.run([sys.executable, *flags], env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout
+
+
 def test_a_file_that_is_no_command_says_what_is():
     rooms = ["pipedream.commands.why", "pipedream.planning.search", "pipedream.networks"]
     for module in rooms:

@@ -123,7 +123,9 @@ def test_a_rate_is_scored_by_target_and_out_once_it_diverges():
     assert scores_of([there, [*there[:20], *[13.4] * 10]]) == [[15, 19]] * 2
     for late in (13.6, math.inf, math.nan):
         assert scores_of([there, [*there[:20], *[late] * 10]])[1] == [math.inf] * 2
-    assert scores_of([[9.0] * 30, [9.0] * 10 + [4.0] * 20]) == [[60, 60], [19, 60]]  # not there
+    (never, worse), (once, far) = scores_of([[9.0] * 30, [9.0] * 10 + [4.0] * 20])
+    assert once == 19
+    assert (never, worse, far) == pytest.approx((57, 57, 54))  # not there: 30 * 1.9, 30 * 1.8
     one_of_two = torch.tensor([[there, [math.nan] * 30]])  # with one of the seeds
     assert tuning.score_targets([5])(one_of_two).tolist() == [[[math.inf]] * 2]
 
@@ -155,7 +157,8 @@ def test_the_grid_grows_and_is_refined_until_the_best_rates_are_inside(wanted, f
         return torch.tensor(goals)[:, None].expand(-1, 3, -1)
 
     asked = []
-    best, scores = tuning.try_rates([2.0**-k for k in range(5)], score, fine)
+    scores = tuning.try_rates([2.0**-k for k in range(5)], score, fine)
+    best = tuning.best_of(scores)
     assert sorted(asked) == sorted({*asked}) == sorted(scores)
     for rate, goal in zip(best, wanted, strict=True):
         assert abs(math.log2(rate / goal)) <= (0.126 if fine else 0.501)
@@ -164,14 +167,33 @@ def test_the_grid_grows_and_is_refined_until_the_best_rates_are_inside(wanted, f
         assert sorted(around)[:2] == pytest.approx([0.25] * 2 if fine else [1] * 2, abs=1e-6)
 
 
-def test_where_no_rate_is_better_than_another_no_more_are_tried():
-    def score(rates):
+def test_where_all_diverge_smaller_rates_are_tried_and_where_none_is_better_no_more():
+    def score(level, rates):
         asked.extend(rates)
-        return torch.full((len(rates), 3, 2), math.inf)
+        return torch.tensor([[[float(level(rate))] * 2] * 3 for rate in rates])
 
-    asked = []
-    _, scores = tuning.try_rates([1.0, 0.5], score)
-    assert sorted(asked) == sorted(scores) == [0.5, 1.0]
+    for level, least in ((lambda rate: 1.0, 0.5), (lambda r: 5 if r < 0.01 else math.inf, 0.001)):
+        asked = []
+        scores = tuning.try_rates([1.0, 0.5], partial(score, level), fine=False)
+        assert sorted(asked) == sorted(scores)
+        assert min(scores) >= least
+    assert len(asked) > 7
+
+
+def test_a_rate_that_diverges_after_the_trial_has_ended_is_out(monkeypatch):
+    """The first rate is there at once, and goes up in batch 30; the second takes 14 batches."""
+
+    def losses(training, rates, seeds, watch=lambda losses: False):
+        runs = {1.0: [9.0] * 4 + [0.0] * 26 + [99.0] * 30, 0.5: [9.0] * 9 + [0.0] * 51}
+        table = torch.tensor([[runs.get(rate, [9.0] * 60)] * len(seeds) for rate in rates])
+        end = next((n for n in range(10, 60, 10) if watch(table[..., :n])), 60)
+        return table[..., :end], []
+
+    monkeypatch.setattr(tuning, "delayed_training", losses)
+    training = Training({**TINY, "num_batches": 60}, ON_ALL, sgd)
+    for targets in ((4.0,), (4.0, 1.0)):
+        tuned = tuning.tune_for(targets, training, [2.0, 1.0, 0.5, 0.25], range(3), quick=True)
+        assert tuned.rates == [0.5] * len(targets)
 
 
 def test_what_is_shown_is_at_the_best_rate_for_each_target_and_on_other_seeds(monkeypatch):
@@ -204,9 +226,11 @@ def test_a_difference_is_clear_where_nine_of_ten_seeds_agree():
         ([n + 1 for n in ten[:8]] + [0, 0], "~"),
         ([n - 1 for n in ten[:9]] + [99], ">"),
         (ten, "~"),
-        ([99] * 9 + [math.inf], "-"),
+        ([-1] * 9 + [math.inf], "<"),  # not all seeds get there
     ):
         assert tuning.mark(ten, other) == said
+    assert tuning.mark([1, math.inf], [9, 9]) == ">"
+    assert tuning.mark([1, math.inf], [9, math.inf]) == "-"
     assert math.comb(10, 9) + 1 == 11  # of 1024, each way: once in 50
 
 
@@ -366,7 +390,7 @@ def test_what_worth_trains_is_what_the_pipeline_trains_with_that_learning_rate()
      "staleness --num_batches 0", "staleness --num_stages 1", "staleness --learning_rate 0.1",
      "staleness --num_microbatches 2", "staleness --quick --out /dev/null/x",
      "worth --num_batches 9", "staleness --num_batches 9", "search --num_batches 19",
-     "worth --loss 0.3 0",
+     "worth --loss 0.3 0", "worth --loss 1 0.3 0.1 0.05",
      "search --num_stages 4", "search --out /proc/x", "papers --num_stages 4"],
 )  # fmt: skip
 def test_bad_input_gets_one_line(run, monkeypatch, flags):

@@ -107,7 +107,7 @@ def test_bf16_is_autocast_of_layers_and_loss():
     )
     found = in_processes(2, work, [({"bf16": True}, change), ({}, change)])[0]
     wanted = plain(change, slices=4, bf16=True)
-    assert found[0] == pytest.approx(wanted, abs=1e-3)
+    assert found[0] == pytest.approx(wanted, abs=3e-3)
     assert found[0] != pytest.approx(found[1], abs=1e-4)
 
 

@@ -106,13 +106,17 @@ def draw_cost(cells: Cells, visual):
     }
     cost = {key: [sum(each) / len(each) for each in found] for key, found in prices.items()}
     once = sorted((cost[name, delays[0]][-1], name) for name in names)
-    ends = [f"{number:.2f}x ({name})" for number, name in (once[0], once[-1])]
-    title = f"One batch late, to a loss of {TARGETS[-1]:g}: {' to '.join(ends)} the batches"
+    ends = [f"{number:.2f}x ({name})" for number, name in once if number < torch.inf]
+    title = (
+        f"One batch late, to a loss of {TARGETS[-1]:g}: {' to '.join([*ends[:1], *ends[1:][-1:]])}"
+    )
+    title = f"{title} the batches" if ends else "Not all seeds get there in these runs"
+    most = max([max(p) for of in prices.values() for p in of if max(p) < torch.inf], default=1)
     lines = [
         "How many times as many batches old gradients need as fresh ones, to three losses.",
         "Mean and range of the seeds, each at the learning rate that is best for this loss.",
     ]
-    figure = visual.new_picture(1400, 640, title.replace("infx", "too few"), lines)
+    figure = visual.new_picture(1400, 640, title, lines)
     for number, delay in enumerate(delays):
         axes = visual.add_axes(figure, 90 + 660 * number, 160, 610, 400)
         axes.axhline(1, color=visual.INK, lw=1, zorder=0)
@@ -126,10 +130,14 @@ def draw_cost(cells: Cells, visual):
                 if max(each) < torch.inf:
                     axes.plot([at, at], [min(each), max(each)], color=hue, lw=2, alpha=0.5)
         axes.set_xticks(range(len(TARGETS)), [f"loss {target:g}" for target in TARGETS])
-        axes.set(xlim=(-0.3, len(TARGETS) - 0.4), ylim=(0.5, 4))
+        axes.set(xlim=(-0.3, len(TARGETS) - 0.4), ylim=(0.5, max(4, 1.1 * most)))
         old = f"{delay} update{'' if delay == '1' else 's'} late"
         axes.set_title(old + ", by stage" * ("to" in delay), fontsize=11)
         tuning.finish(
-            axes, "", [0.5, 0.7, 1, 1.5, 2, 3, 4], "x", "times as many batches" * (number == 0)
+            axes,
+            "",
+            [t for t in (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12) if t <= max(4, most)],
+            "x",
+            "times as many batches" * (number == 0),
         )
     return figure

@@ -25,7 +25,7 @@ from pipedream.schedules.plans import Plan, all_plans
 from pipedream.staleness import tuning
 from pipedream.staleness.delays import Training, momentum
 from pipedream.staleness.tuning import CHOOSING, TARGETS, Tuned, mark, spread, tune_for
-from pipedream_simple import UserError, check_value, count, format_table
+from pipedream_simple import UserError, check_value, count, format_per_gpu, format_table
 
 FLAGS = {
     "--loss X ...": "the targets; 0.3 0.1 0.05 unless given",
@@ -44,12 +44,13 @@ REFUSES = "schedule weight_stashing vertical_sync"
 LEGEND = """\
    Batches: until the mean training loss of ten is below the target: mean
    (lowest to highest) of {seeds} seeds, at the learning rate that is best for this
-   target on {choosing} other seeds. A rate is out if ten losses average more than
-   1.5 times the first one. Time: when that batch's loss is known, in forwards
-   of a whole batch on a stage. <, >: sooner, later than pipedream on 90% of the
-   seeds or more (by chance once in 50; with --quick in 16); ~: neither. -: not
-   all seeds get there in {batches} batches. old: how many updates old the gradients
-   are, GPU by GPU. held: the most microbatches in flight on a GPU."""
+   target on {choosing} other seeds. A rate is out if ten losses average more than 1.5
+   times the first one. Time: when that batch's loss is known, by the number of
+   microbatches in a batch: a forward of a batch on a stage takes forward_time.
+   <, >: sooner, later than pipedream on 90% of the seeds or more (by chance
+   once in 50; with --quick in 16); ~: neither. -: not all seeds get there in
+   {batches} batches. old: how many updates old the gradients are, GPU by GPU. held:
+   the most microbatches in flight on a GPU."""
 
 
 class Race(NamedTuple):
@@ -70,9 +71,11 @@ def main(
     """The simulated time of every schedule to each loss."""
     if config["momentum"] == 1:
         raise UserError("momentum=1 must be less than 1 here: it never forgets")
+    if not isinstance(loss, list | tuple) or not 1 <= len({*loss}) <= 3:
+        raise UserError(f"loss={loss!r} must be one to three targets")
     for target in loss:
         check_value("loss", target, (float, 0.001, 10))
-    targets = sorted(loss, reverse=True)
+    targets = sorted({*loss}, reverse=True)
     check_value("num_batches", config["num_batches"], (int, tuning.WINDOW, 1_000_000))
     check_output(out / "worth.png")
     torch.set_num_threads(1)  # the matrices are small
@@ -134,7 +137,7 @@ def table_of_batches(tuned: dict[tuple[int, ...], Tuned], targets: list[float]) 
     for delays, each in tuned.items():
         row = zip(batches_of(each, targets), each.rates, strict=True)
         cells = [cell for batches, rate in row for cell in (spread(batches), f"{rate:.2g}")]
-        table.append([" ".join(map(str, delays)), *cells])
+        table.append([format_per_gpu([*delays]), *cells])
     return table
 
 
@@ -197,6 +200,8 @@ def draw_worth(races: list[Race], targets: list[float], visual):
     for number, target in enumerate(targets):
         axes = visual.add_axes(figure, 170 + number * (width + 40), 160, width, high)
         axes.axvline(1, color=visual.INK, lw=1)
+        if max(hero.times[number]) == torch.inf:
+            axes.text(1, len(rows) / 2, "PipeDream does not get there", ha="center", fontsize=10)
         for y, one in enumerate(rows):
             draw_row(axes, y, one, hero, number, visual)
         axes.set_yticks(range(len(rows)), [one.name * (number == 0) for one in rows], fontsize=10)
@@ -210,8 +215,8 @@ def draw_worth(races: list[Race], targets: list[float], visual):
 
 def ratios_of(one: Race, hero: Race, number: int) -> list[float]:
     """Times to that target by those of the hero, by seed; none where not all seeds get there."""
-    pairs = zip(one.times[number], hero.times[number], strict=True)
-    return [a / b for a, b in pairs] if marks_of(one, hero)[number] != "-" else []
+    pairs = [*zip(one.times[number], hero.times[number], strict=True)]
+    return [a / b for a, b in pairs] if max(map(max, pairs)) < torch.inf else []
 
 
 def draw_row(axes, y: float, one: Race, hero: Race, number: int, visual) -> None:

@@ -48,48 +48,59 @@ def diverged(losses: Tensor) -> Tensor:
 
 
 def score_targets(targets: Sequence[float]) -> Score:
-    """Batches to each target; a rate that diverges with one of the seeds is out: infinite."""
+    """Batches to each target; a rate that diverges with one of the seeds is out: infinite.
+
+    A seed that does not get there scores more than all batches, the more the higher its loss is.
+    """
 
     def score(losses: Tensor) -> Tensor:
-        far = 2 * losses.shape[-1]  # a seed that does not get there
-        batches = torch.stack([batches_to(losses, each).clamp(max=far) for each in targets], -1)
-        return batches.masked_fill(diverged(losses).any(-1)[:, None, None], torch.inf)
+        ended = means(losses)[..., -1].cpu()
+        far = losses.shape[-1] * (1 + ended / (1 + ended)).double()
+        batches = [torch.minimum(batches_to(losses, target), far) for target in targets]
+        out = diverged(losses).any(-1).cpu()
+        return torch.stack(batches, -1).masked_fill(out[:, None, None], torch.inf)
 
     return score
 
 
 def decided(losses: Tensor, targets: Sequence[float]) -> bool:
-    """No other rate can still become the best for one of the targets, however training goes on."""
+    """No rate can still get to one of the targets before the best (unless that diverges later)."""
     batches = torch.stack([batches_to(losses, each) for each in targets])  # (goals, rates, seeds)
     least = batches.clamp(max=losses.shape[-1] + 1).mean(-1)
     best = least.masked_fill(diverged(losses).any(-1).cpu(), torch.inf).argmin(-1)
     return bool(batches[range(len(targets)), best].isfinite().all())
 
 
+def best_of(scores: dict[float, Tensor]) -> list[float]:
+    """By goal, the rate with the least mean score."""
+    tried = sorted(scores)
+    return [tried[n] for n in torch.stack([scores[rate].mean(0) for rate in tried]).argmin(0)]
+
+
 def try_rates(
     rates: list[float], score: Callable[[list[float]], Tensor], fine=True
-) -> tuple[list[float], dict[float, Tensor]]:
-    """For each goal the rate with the least mean score; and the scores of all rates.
+) -> dict[float, Tensor]:
+    """The scores of these rates, and of more of them.
 
-    The grid grows where the best rate is at its edge. Where it is inside, the rates around it are
-    tried, too, in steps of 2^(1/4), until the best has such neighbors.
+    The grid grows where the best rate is at its edge, and down while all diverge. Where the best is
+    inside, the rates around it are tried, too, in steps of 2^(1/4), until it has such neighbors.
     """
     scores: dict[float, Tensor] = {}
-    best, new = list[float](), {*rates}
+    new = {*rates}
     while new and len(scores) < 60:
         scores |= zip(sorted(new), score(sorted(new)).cpu(), strict=True)
-        tried = sorted(scores)
-        table = torch.stack([scores[rate].mean(0) for rate in tried])  # (rates, goals)
-        best, new = [tried[number] for number in table.argmin(0)], set()
-        for rate, column in zip(best, table.T, strict=True):
-            if rate in (tried[0], tried[-1]):
+        tried, new = sorted(scores), set()
+        for goal, rate in enumerate(best_of(scores)):
+            column = [float(each[:, goal].mean()) for each in scores.values()]
+            if column.count(min(column)) > 1 and min(column) < torch.inf:
+                factors = []  # no rate is better than another
+            elif rate in (tried[0], tried[-1]):
                 factors = [0.25, 0.5] if rate == tried[0] else [2, 4]
             else:
                 factors = [2 ** (k / 4) for k in (-2, -1, 1, 2) if fine]
-            if len({*column.tolist()}) > 1:  # or no rate is better than another
-                new |= {factor * rate for factor in factors}
+            new |= {factor * rate for factor in factors}
         new = {rate for rate in new if all(abs(math.log2(rate / each)) > 0.1 for each in tried)}
-    return best, scores
+    return scores
 
 
 def tune(
@@ -110,7 +121,14 @@ def tune(
     def score_rates(rates: list[float]) -> Tensor:
         return score(delayed_training(training, rates, others, **watch)[0])
 
-    best, scores = try_rates(rates, score_rates, fine)
+    scores = try_rates(rates, score_rates, fine)
+    while watch:  # it may have ended before the best diverge
+        shown = sorted({*best_of(scores)})
+        bad = diverged(delayed_training(training, shown, others)[0]).any(-1).tolist()
+        scores |= {r: scores[r] + torch.inf for r, out in zip(shown, bad, strict=True) if out}
+        if not any(bad) or all(torch.isinf(each).all() for each in scores.values()):
+            break
+    best = best_of(scores)
     shown = sorted({*best})
     losses = dict(zip(shown, delayed_training(training, shown, seeds)[0], strict=True))
     return Tuned(scores, best, [losses[rate] for rate in best])
@@ -126,10 +144,11 @@ def tune_for(targets: Sequence[float], training: Training, rates: list[float], s
 def mark(one: Sequence[float], other: Sequence[float]) -> str:
     """< or >: one is less, or more, on so many of the same seeds that chance is rare. ~: neither.
 
-    Not all seeds are there: -.
+    Where only one of them gets there with all seeds, that is less; where none does: -.
     """
-    if max(*one, *other) == torch.inf:
-        return "-"
+    there = max(one) < torch.inf, max(other) < torch.inf
+    if not all(there):
+        return "<" if there[0] else ">" if there[1] else "-"
     signs = [(a > b) - (a < b) for a, b in zip(one, other, strict=True)]
     often = {sign for sign in (-1, 1) if signs.count(sign) >= CLEAR * len(signs)}
     return "<" if -1 in often else ">" if 1 in often else "~"
