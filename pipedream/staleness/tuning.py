@@ -50,12 +50,12 @@ def diverged(losses: Tensor) -> Tensor:
 def score_targets(targets: Sequence[float]) -> Score:
     """Batches to each target; a rate that diverges with one of the seeds is out: infinite.
 
-    A seed that does not get there scores more than all batches, the more the higher its loss is.
+    A seed that does not get there scores twice the batches or more, the more the higher its loss.
     """
 
     def score(losses: Tensor) -> Tensor:
         ended = means(losses)[..., -1].cpu()
-        far = losses.shape[-1] * (1 + ended / (1 + ended)).double()
+        far = 2 * losses.shape[-1] * (1 + ended / (1 + ended)).double()
         batches = [torch.minimum(batches_to(losses, target), far) for target in targets]
         out = diverged(losses).any(-1).cpu()
         return torch.stack(batches, -1).masked_fill(out[:, None, None], torch.inf)
