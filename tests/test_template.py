@@ -48,6 +48,13 @@ CHANGES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def same_default_type():
+    """One process alone is this one."""
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def cases(processes):
     """(flags, name of a change): each schedule; with two processes, also what meets in it."""
     same = {"microbatches": {1: 2, 2: 4, 3: 6, 4: 12}[processes]}  # 12: for dualpipe-v
