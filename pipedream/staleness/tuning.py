@@ -93,7 +93,7 @@ def try_rates(
         for goal, rate in enumerate(best_of(scores)):
             column = [float(each[:, goal].mean()) for each in scores.values()]
             if column.count(min(column)) > 1 and min(column) < torch.inf:
-                factors = []  # no rate is better than another
+                factors: list[float] = []  # no rate is better than another
             elif rate in (tried[0], tried[-1]):
                 factors = [0.25, 0.5] if rate == tried[0] else [2, 4]
             else:
