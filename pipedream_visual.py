@@ -50,7 +50,7 @@ from pipedream_simple import Event, Op, UserError, count, makespan, utilization
 HUES = ("#2c4f8f", "#ad620c", "#262b38", "#7a68b8", "#86303a", "#35806f")  # microbatch m: m % 6
 VERSION_HUES = "#5b6a10", "#512a50", "#1f7f96", "#555555"  # version v: v % 4
 INK, GREY, LANE, SHADE = "#222222", "#6b6b6b", "#ececec", "#bcbcbc"
-STYLE = {"font.size": 9, "text.color": INK, "hatch.linewidth": 0.5}
+STYLE = {"font.size": 9, "text.color": INK}
 STYLE |= {"text.hinting": "no_hinting"}  # takes a tenth of the time
 SLOT, LABEL = 44, 27  # width of the shortest op, and the least that its label needs
 NARROWEST, WIDEST, UNLABELLED = 1400, 3600, 2000  # timelines

@@ -31,6 +31,7 @@ from pipedream.planning import decide
 from pipedream.processes import engine
 from pipedream.schedules.halves import train_plan
 from pipedream.schedules.plans import PLAN_CONFIG, all_plans, make_plan
+from pipedream.schedules.rows import LIBRARY
 
 OWN = "examples/README.md"
 BOTH = ["README.md", "QUICKSTART.md", OWN]
@@ -501,6 +502,44 @@ def test_every_figure_in_the_prose_is_a_computed_one_of_what_its_words_say(page,
     known = [(words, [str(figure) for figure in figures]) for words, figures in known]
     wrong = [*wrong_figures(page, known)]
     assert not wrong, "\n".join(wrong)
+
+
+def test_five_batches_do_not_show_the_harm_of_wrong_gradients():
+    assert "by chance their loss even ends lower" in " ".join(PAGES["README.md"].split())
+    lost, kept = (
+        pipe.train({**pipe.CONFIG, "weight_stashing": on}).losses[-1] for on in (False, True)
+    )
+    assert lost < kept
+
+
+def test_what_the_pages_say_of_zb_v_and_of_zb_h2_holds():
+    """Also where a GPU waits for the others at the end of a batch, as in a run of one batch."""
+    kib = {}
+    for name in ("1f1b", "zb-v"):
+        (line,) = re.findall(rf"^{name}  .*e-\d\d  (.*)$", RESULTS["All schedules"], re.M)
+        kib[name] = [*map(int, re.split("  +", line)[0].split())]
+    assert max(kib["zb-v"]) == 1.5 * max(kib["1f1b"])  # "up to half as much again"
+    for gpus, microbatches in ((4, 8), (4, 16), (8, 32)):
+        sizes = {"num_stages": gpus, "num_microbatches": microbatches, "batch_size": microbatches}
+        sizes |= {"layers_per_stage": 2, "chunks_per_gpu": 2, "backward_time": 2, "num_batches": 1}
+        of = {
+            name: {**PLAN_CONFIG, **sizes, "schedule": name} for name in ("zb-h1", "zb-h2", "zb-v")
+        }
+        h1, h2, v = (pipe.makespan(make_plan(config).events) for config in of.values())
+        assert h2 == h1 > v
+
+
+@pytest.mark.parametrize("comm_time", [0, 0.25])
+def test_interleaved_needs_its_second_forward_ahead_for_messages_only(comm_time, monkeypatch):
+    """(V - 1)*S + 2*(S - 1 - s) forwards first; with free links once S - 1 - s is enough."""
+    sizes = {"num_stages": 4, "num_microbatches": 16, "batch_size": 16, "num_batches": 1}
+    sizes |= {"layers_per_stage": 2, "chunks_per_gpu": 2, "comm_time": comm_time}
+    config, ends = {**PLAN_CONFIG, **sizes, "schedule": "interleaved"}, {}
+    whole, flushes = LIBRARY["interleaved"]
+    for hops in (2, 1):
+        monkeypatch.setitem(LIBRARY, "interleaved", (functools.partial(whole, hops=hops), flushes))
+        ends[hops] = pipe.makespan(make_plan(config).events)
+    assert ends[2] == ends[1] if comm_time == 0 else ends[2] < ends[1]
 
 
 def test_what_the_readme_says_of_slow_links_and_longer_backwards_holds():

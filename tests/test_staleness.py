@@ -140,8 +140,8 @@ def test_a_cell_ends_early_only_when_no_other_rate_can_win():
     assert not tuning.decided(torch.stack([broken, never]), [5])
     training = Training({**TINY, "num_batches": 60}, ON_ALL, sgd)
     targets, rates = (2.0, 1.0), OPTIMIZERS["SGD"][1]
-    tuned = tuning.tune_for(targets, training, rates, range(3), quick=False)
-    whole = tuning.tune(training, rates, range(3), tuning.score_targets(targets))
+    tuned = tuning.tune_for(targets, training, rates, quick=False)
+    whole = tuning.tune(training, rates, range(10), tuning.score_targets(targets))
     assert tuned.rates == whole.rates
     assert all((a == b).all() for a, b in zip(tuned.losses, whole.losses, strict=True))
 
@@ -192,7 +192,7 @@ def test_a_rate_that_diverges_after_the_trial_has_ended_is_out(monkeypatch):
     monkeypatch.setattr(tuning, "delayed_training", losses)
     training = Training({**TINY, "num_batches": 60}, ON_ALL, sgd)
     for targets in ((4.0,), (4.0, 1.0)):
-        tuned = tuning.tune_for(targets, training, [2.0, 1.0, 0.5, 0.25], range(3), quick=True)
+        tuned = tuning.tune_for(targets, training, [2.0, 1.0, 0.5, 0.25], quick=True)
         assert tuned.rates == [0.5] * len(targets)
 
 
@@ -378,7 +378,7 @@ def test_times_are_those_of_batches_in_forwards_of_a_whole_batch():
 
 def test_what_worth_trains_is_what_the_pipeline_trains_with_that_learning_rate():
     short = {**PLAN_CONFIG, **TINY, "momentum": 0.8, "num_batches": 30}
-    tuned = worth.train_delayed(short, [1, 1, 1, 0], range(5), [2.0, 1.0], quick=True)
+    tuned = worth.train_delayed(short, [1, 1, 1, 0], [2.0, 1.0], quick=True)
     for rate, losses in zip(tuned.rates, tuned.losses, strict=True):
         run = train({**TINY, "num_batches": 30, "momentum": 0.8, "learning_rate": rate})
         assert losses[0].tolist() == pytest.approx(run.losses, abs=1e-3)

@@ -313,7 +313,7 @@ LIMITS = """\
 - No GPU was used. Times of the schedules are simulated; only the last three sections have a clock
   in them, and only there is anything sent between processes, on one machine.
 - The network is small and the data easy. That PipeDream's stale gradients get as far as fresh
-  ones in 300 batches here says nothing about large models, other optimizers or learning rates.
+  ones in 200 batches here says nothing about large models, other optimizers or learning rates.
 - Without weight stashing, losses get worse in long pipelines only, and most with Adam. The
   gradients are wrong in all of them; how much that costs in large models is not measured. The
   search covers three widths of one kind of network; no transformer was searched.

@@ -1,6 +1,7 @@
 """Text from values, beyond what pipedream_simple.py needs."""
 
 import difflib
+import math
 import sys
 from collections.abc import Iterable
 
@@ -20,8 +21,9 @@ def shown(value: object) -> str:
 
 
 def clock(time: float) -> str:
-    """A time as it is told: t4, t0.3333333."""
-    return f"t{float(time):.7g}" if time < 1e6 else f"t{float(time):.12g}"
+    """A time as it is told, with four digits, or all before the point: t4, t0.3333, t49.67."""
+    digits = 3 - math.floor(math.log10(time)) if time > 0 else 0
+    return f"t{round(float(time), max(0, digits)):.12g}"
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

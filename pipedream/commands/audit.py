@@ -46,7 +46,7 @@ def main(config: dict) -> None:
         values = [f"{measure(of_stage):.1%}" for of_stage in errors]
         print(f"Gradient error, stage by stage, {name}: {format_per_gpu(values, 8)}")
     print(GRADIENT_ERROR)
-    print(end=f"{DIVERGED}\n" * (not run.losses[-1] < 10 * run.losses[0]))
+    print(end=f"{DIVERGED}\n" * run.diverged)
     if agree < len(ops):
         sys.exit(1)
 

@@ -92,7 +92,7 @@ def measured_lines(plans: list[Plan]) -> list[str]:
         progress(f"training as {plan.name.strip()}, {number} of {len(plans)}")
         meter = MemoryMeter(plan.schedule)
         run = meter.train(plan)
-        diverged |= not run.losses[-1] < 10 * run.losses[0]
+        diverged |= run.diverged
         cells = f"{run.losses[-1]:.4f}", f"{run.test_accuracy:.1%}", f"{error:.1e}"
         activations = in_kib(held.activations for held in meter.peak)
         table.append([plan.name, *cells, activations, in_kib(map(sum, meter.peak))])

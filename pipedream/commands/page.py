@@ -17,8 +17,6 @@ import base64
 import gzip
 import itertools
 import json
-import math
-import re
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -157,7 +155,7 @@ def plan_data(plan: Plan) -> dict:
     reasons, texts = Reasons(plan), dict[str, int]()  # each text once -> its number
 
     def number(text: str) -> int:
-        return texts.setdefault(brief(text), len(texts))
+        return texts.setdefault(text, len(texts))
 
     gaps = idle_times(plan.events, plan.links)
     spans = [(found.start, found.end) for found in plan.events]
@@ -194,16 +192,6 @@ def plan_data(plan: Plan) -> dict:
     gpu, time = asks(plan, telling)
     names["asks"] = gpu, place[time]
     return {**names, "times": times, "texts": [*texts], "ops": ops, "idle": idle, "path": path}
-
-
-def brief(text: str) -> str:
-    """Times in a text with four digits, or all before the point: t49.67, and not t49.66667."""
-
-    def shorter(found: re.Match) -> str:
-        time = float(found[1])
-        return f"t{round(time, max(0, 3 - math.floor(math.log10(time)))):.12g}"
-
-    return re.sub(r"\bt(\d+\.\d{3,})\b", shorter, text)
 
 
 def asks(plan: Plan, gap: Idle | None) -> tuple[int, float]:

@@ -17,7 +17,7 @@ from pipedream.backstage.output import check_output, draw_and_write
 from pipedream.backstage.text import progress
 from pipedream.staleness import tuning
 from pipedream.staleness.delays import OPTIMIZERS, Training, delay_table
-from pipedream.staleness.tuning import CHOOSING, TARGETS, batches_to, mark, spread, tune_for
+from pipedream.staleness.tuning import TARGETS, mark, spread, tune_for
 from pipedream_simple import check_value, format_table
 
 FLAGS = {"--quick": "two optimizers, fewer rates and seeds", "--out DIR": "for the picture"}
@@ -34,8 +34,8 @@ LEGEND = """\
    Delay 0, after a flush: batches until the mean training loss of ten is below
    the target, mean (lowest to highest) of {seeds} seeds. Others: times as many, on
    the same seed. Each at the learning rate that is best for this target on {choosing}
-   other seeds; a rate is out if ten losses average more than 1.5 times the
-   first one. >, <: more, fewer on 90% of the seeds or more; ~: neither. -: not
+   other seeds; a rate is out if ten losses average more than {grown} times the
+   first one. >, <: more, fewer on {clear:.0%} of the seeds or more; ~: neither. -: not
    all seeds get there in {batches} batches. Delay: by how many updates the gradients
    are old. 1: 2BW; {last} to 0, by stage: PipeDream with one microbatch per batch.
    Remedies are not judged: PipeMare's rates and a long Nesterov momentum need
@@ -53,25 +53,20 @@ def main(config: dict, out: Path = Path(), quick: bool = False) -> None:
     cells = fill(config, quick)
     for name in {name: None for name, _ in cells}:
         print("\n".join(format_table(table_of_prices(name, cells))) + "\n")
-    seeds, choosing = (5, 3) if quick else (10, CHOOSING)
-    sizes = {"seeds": seeds, "choosing": choosing, "batches": config["num_batches"]}
-    print(LEGEND.format(**sizes, last=config["num_stages"] - 1))
+    print(tuning.fill_in(LEGEND, config, quick))
     title = draw_and_write(partial(draw_cost, cells), out / "staleness.png")
     print(f"\n{out / 'staleness.png'}: {title}")
 
 
 def fill(config: dict, quick: bool) -> Cells:
     """Train every cell of the tables."""
-    seeds = range(config["seed"], config["seed"] + (5 if quick else 10))
     delays, cells = delay_table(config["num_stages"]), Cells()
     keys = [*itertools.product(["SGD", "Adam"] if quick else OPTIMIZERS, delays)]
     for number, (name, delay) in enumerate(keys, start=1):
         progress(f"{number} of {len(keys)}: {name}, delay {delay}")
         optimizer, rates = OPTIMIZERS[name]
         training = Training(config, delays[delay], optimizer)
-        tuned = tune_for(TARGETS, training, rates, seeds, quick)
-        pairs = zip(tuned.losses, TARGETS, strict=True)
-        cells[name, delay] = [batches_to(losses, target).tolist() for losses, target in pairs]
+        cells[name, delay] = tune_for(TARGETS, training, rates, quick).batches_to(TARGETS)
     progress("")
     return cells
 
@@ -106,38 +101,30 @@ def draw_cost(cells: Cells, visual):
     }
     cost = {key: [sum(each) / len(each) for each in found] for key, found in prices.items()}
     once = sorted((cost[name, delays[0]][-1], name) for name in names)
-    ends = [f"{number:.2f}x ({name})" for number, name in once if number < torch.inf]
-    title = (
-        f"One batch late, to a loss of {TARGETS[-1]:g}: {' to '.join([*ends[:1], *ends[1:][-1:]])}"
-    )
-    title = f"{title} the batches" if ends else "Not all seeds get there in these runs"
+    there = [f"{number:.2f}x ({name})" for number, name in once if number < torch.inf]
+    title = "Not all seeds get there in these runs"
+    if there:
+        ends = " to ".join(dict.fromkeys([there[0], there[-1]]))
+        title = f"One batch late, to a loss of {TARGETS[-1]:g}: {ends} the batches"
     most = max([max(p) for of in prices.values() for p in of if max(p) < torch.inf], default=1)
     lines = [
         "How many times as many batches old gradients need as fresh ones, to three losses.",
         "Mean and range of the seeds, each at the learning rate that is best for this loss.",
     ]
     figure = visual.new_picture(1400, 640, title, lines)
+    ticks = [t for t in (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12) if t <= max(4, most)]
     for number, delay in enumerate(delays):
         axes = visual.add_axes(figure, 90 + 660 * number, 160, 610, 400)
         axes.axhline(1, color=visual.INK, lw=1, zorder=0)
-        for place, name in enumerate(names):
-            hue, x = (
-                visual.HUES[[0, 1, 4, 5][place]],
-                [n + 0.1 * place for n in range(len(TARGETS))],
-            )
-            axes.plot(x, cost[name, delay], "o-", color=hue, ms=7, lw=1.5, label=name)
+        for place, (name, hue) in enumerate(zip(names, (0, 1, 4, 5), strict=False)):
+            color, x = visual.HUES[hue], [n + 0.1 * place for n in range(len(TARGETS))]
+            axes.plot(x, cost[name, delay], "o-", color=color, ms=7, lw=1.5, label=name)
             for at, each in zip(x, prices[name, delay], strict=True):
                 if max(each) < torch.inf:
-                    axes.plot([at, at], [min(each), max(each)], color=hue, lw=2, alpha=0.5)
+                    axes.plot([at, at], [min(each), max(each)], color=color, lw=2, alpha=0.5)
         axes.set_xticks(range(len(TARGETS)), [f"loss {target:g}" for target in TARGETS])
         axes.set(xlim=(-0.3, len(TARGETS) - 0.4), ylim=(0.5, max(4, 1.1 * most)))
         old = f"{delay} update{'' if delay == '1' else 's'} late"
         axes.set_title(old + ", by stage" * ("to" in delay), fontsize=11)
-        tuning.finish(
-            axes,
-            "",
-            [t for t in (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12) if t <= max(4, most)],
-            "x",
-            "times as many batches" * (number == 0),
-        )
+        tuning.finish(axes, "", ticks, "x", "times as many batches" * (number == 0), "lower left")
     return figure

@@ -1,6 +1,6 @@
 """Is PipeDream worth it? The simulated time to three losses.
 
-    python -m pipedream worth                two minutes: tables and worth.png
+    python -m pipedream worth                a minute or two: tables and worth.png
     python -m pipedream worth --num_microbatches 16
     python -m pipedream worth --quick        half a minute, for a first look
 
@@ -24,7 +24,7 @@ from pipedream.backstage.text import progress
 from pipedream.schedules.plans import Plan, all_plans
 from pipedream.staleness import tuning
 from pipedream.staleness.delays import Training, momentum
-from pipedream.staleness.tuning import CHOOSING, TARGETS, Tuned, mark, spread, tune_for
+from pipedream.staleness.tuning import TARGETS, Tuned, mark, spread, tune_for
 from pipedream_simple import UserError, check_value, count, format_per_gpu, format_table
 
 FLAGS = {
@@ -44,10 +44,10 @@ REFUSES = "schedule weight_stashing vertical_sync"
 LEGEND = """\
    Batches: until the mean training loss of ten is below the target: mean
    (lowest to highest) of {seeds} seeds, at the learning rate that is best for this
-   target on {choosing} other seeds. A rate is out if ten losses average more than 1.5
+   target on {choosing} other seeds. A rate is out if ten losses average more than {grown}
    times the first one. Time: when that batch's loss is known, by the number of
    microbatches in a batch: a forward of a batch on a stage takes forward_time.
-   <, >: sooner, later than pipedream on 90% of the seeds or more (by chance
+   <, >: sooner, later than pipedream on {clear:.0%} of the seeds or more (by chance
    once in 50; with --quick in 16); ~: neither. -: not all seeds get there in
    {batches} batches. old: how many updates old the gradients are, GPU by GPU. held:
    the most microbatches in flight on a GPU."""
@@ -82,8 +82,7 @@ def main(
     races, reasons, tuned = race(config, targets, quick)
     print("\n".join(format_table(table_of_batches(tuned, targets))) + "\n")
     print("\n".join([*format_table(table_of_races(races, targets)), *reasons]))
-    choosing, seeds = 3 if quick else CHOOSING, len(races[0].times[0])
-    print(LEGEND.format(seeds=seeds, choosing=choosing, batches=config["num_batches"]))
+    print(tuning.fill_in(LEGEND, config, quick))
     print("", *conclude(races, targets), sep="\n")
     title = draw_and_write(partial(draw_worth, races, targets), out / "worth.png")
     print(f"\n{out / 'worth.png'}: {title}")
@@ -92,7 +91,6 @@ def main(
 def race(config: dict, targets: list[float], quick: bool) -> tuple[list[Race], list[str], dict]:
     """Every schedule; the reasons why some are impossible; and delays -> what was trained."""
     plans, reasons = all_plans(config)
-    seeds = range(config["seed"], config["seed"] + (5 if quick else 10))
     tuned: dict[tuple[int, ...], Tuned] = {}
     races = []
     for plan in (plan for plan in plans if plan.config["weight_stashing"]):  # no recurrence without
@@ -100,29 +98,21 @@ def race(config: dict, targets: list[float], quick: bool) -> tuple[list[Race], l
         delays = (*old,) if any(old) else (0,) * config["num_stages"]
         if delays not in tuned:
             progress(f"training as {plan.name.strip()}")
-            tuned[delays] = train_delayed(config, [*delays], seeds, targets, quick)
-        at = [per_time / config["num_microbatches"] for per_time in loss_times(plan)] + [torch.inf]
-        batches = batches_of(tuned[delays], targets)
-        times = [[at[int(min(n, len(at))) - 1] for n in of_seeds] for of_seeds in batches]
+            tuned[delays] = train_delayed(config, [*delays], targets, quick)
+        known = [time / config["num_microbatches"] for time in loss_times(plan)]
+        batches = tuned[delays].batches_to(targets)
+        times = [[known[int(n) - 1] if n < torch.inf else n for n in each] for each in batches]
         races.append(Race(plan, delays, times))
     progress("")
     return races, reasons, tuned
 
 
-def train_delayed(
-    config: dict, delays: list[int], seeds: range, targets: list[float], quick: bool
-) -> Tuned:
+def train_delayed(config: dict, delays: list[int], targets: list[float], quick: bool) -> Tuned:
     """The recurrence at the best rate for each target."""
     beta, rates = config["momentum"], [config["learning_rate"] * 2.0**k for k in range(2, -4, -1)]
     training = Training(config, delays, partial(momentum, beta=beta))
-    tuned = tune_for(targets, training, rates, seeds, quick)
+    tuned = tune_for(targets, training, rates, quick)
     return tuned._replace(rates=[rate * (1 - beta) for rate in tuned.rates])  # --learning_rate
-
-
-def batches_of(tuned: Tuned, targets: list[float]) -> list[list[float]]:
-    """By target, one per seed: at the rate that is best for it."""
-    pairs = zip(tuned.losses, targets, strict=True)
-    return [tuning.batches_to(losses, target).tolist() for losses, target in pairs]
 
 
 def loss_times(plan: Plan) -> list[float]:
@@ -135,7 +125,7 @@ def loss_times(plan: Plan) -> list[float]:
 def table_of_batches(tuned: dict[tuple[int, ...], Tuned], targets: list[float]) -> list[list[str]]:
     table = [["old", *(part for target in targets for part in (f"batches to {target:g}", "rate"))]]
     for delays, each in tuned.items():
-        row = zip(batches_of(each, targets), each.rates, strict=True)
+        row = zip(each.batches_to(targets), each.rates, strict=True)
         cells = [cell for batches, rate in row for cell in (spread(batches), f"{rate:.2g}")]
         table.append([format_per_gpu([*delays]), *cells])
     return table
@@ -181,9 +171,8 @@ def draw_worth(races: list[Race], targets: list[float], visual):
     """A panel per target, a row per schedule but naive: times by pipedream's on the same seed."""
     hero = hero_of(races)
     rows = sorted((one for one in races if one.name != "naive"), key=lambda one: sum(one.times[-1]))
-    ahead = [
-        [one.name for one in rows if marks_of(one, hero)[n] == "<"] for n in range(len(targets))
-    ]
+    marks = [*zip(*(marks_of(one, hero) for one in rows), strict=True)]  # by target
+    ahead = [[one.name for one, m in zip(rows, each, strict=True) if m == "<"] for each in marks]
     names = [" and ".join(each) if len(each) < 3 else f"{len(each)} schedules" for each in ahead]
     parts = [f"{each or 'none'} at {target:g}" for each, target in zip(names, targets, strict=True)]
     title = f"Clearly sooner than PipeDream: {', '.join(parts) if any(names) else 'none'}"

@@ -17,6 +17,8 @@ from .delays import Training, delayed_training
 WINDOW = 10  # batches over which a loss is averaged before it is compared
 TARGETS = (0.3, 0.1, 0.05)  # losses to get to
 CHOOSING = 6  # seeds that choose a rate: with three, one near divergence is sometimes chosen
+SHOWN = 10
+QUICK = 3, 5  # the same for a first look
 GROWN = 1.5  # times the first loss: no mean of ten may be more
 CLEAR = 0.9  # of the seeds must agree: of ten nine, as they do once in 50 times by chance
 Score = Callable[[Tensor], Tensor]  # losses (rates, seeds, batches) -> (rates, seeds, goals)
@@ -28,6 +30,11 @@ class Tuned(NamedTuple):
     scores: dict[float, Tensor]  # rate -> (seeds, goals)
     rates: list[float]  # the best, by goal
     losses: list[Tensor]  # at that, by goal: (seeds, batches)
+
+    def batches_to(self, targets: Sequence[float]) -> list[list[float]]:
+        """Where the goals are these targets: by target, one per seed."""
+        pairs = zip(self.losses, targets, strict=True)
+        return [batches_to(losses, target).tolist() for losses, target in pairs]
 
 
 def means(losses: Tensor) -> Tensor:
@@ -134,11 +141,19 @@ def tune(
     return Tuned(scores, best, [losses[rate] for rate in best])
 
 
-def tune_for(targets: Sequence[float], training: Training, rates: list[float], seeds: range, quick):
+def tune_for(targets: Sequence[float], training: Training, rates: list[float], quick: bool):
     """The rates with which training is soonest at each target; quick: fewer rates and seeds."""
+    choosing, shown = QUICK if quick else (CHOOSING, SHOWN)
+    seeds = range(training.config["seed"], training.config["seed"] + shown)
     score, watch = score_targets(targets), partial(decided, targets=targets)
-    number = 3 if quick else CHOOSING
-    return tune(training, rates, seeds, score, number, fine=not quick, watch=watch)
+    return tune(training, rates, seeds, score, choosing, fine=not quick, watch=watch)
+
+
+def fill_in(legend: str, config: dict, quick: bool) -> str:
+    """The legend of a command that has tuned for targets, with the numbers of this file."""
+    choosing, seeds = QUICK if quick else (CHOOSING, SHOWN)
+    numbers = {"choosing": choosing, "seeds": seeds, "batches": config["num_batches"]}
+    return legend.format(**numbers, grown=GROWN, clear=CLEAR, last=config["num_stages"] - 1)
 
 
 def mark(one: Sequence[float], other: Sequence[float]) -> str:
