@@ -455,10 +455,6 @@ class Run(NamedTuple):
     weights: list[Weights]  # per stage, after the last update
     test_accuracy: float  # 0 to 1, on the images held out
 
-    @property
-    def diverged(self) -> bool:
-        return not self.losses[-1] < 10 * self.losses[0]  # it may be NaN
-
     def __repr__(self) -> str:
         return f"Run(last loss {self.losses[-1]:.4f}, test accuracy {self.test_accuracy:.1%})"
 
@@ -706,7 +702,7 @@ Microbatches: {in_batch}
     print(f"GPU utilization: {used[chosen]:.1%}, bubble (idle): {1 - used[chosen]:.1%}")
     print(end=f"{RECOMPUTED}\n" * config["recompute"])
     print(f"Test accuracy: {run.test_accuracy:.1%} of the digits that it was not trained on")
-    print(end=f"{DIVERGED}\n" * run.diverged)
+    print(end=f"{DIVERGED}\n" * (not run.losses[-1] < 10 * run.losses[0]))  # it may be NaN
     if not config["weight_stashing"] and not SCHEDULES[chosen][1] and num_stages > 1:
         print("Gradients are wrong where F and B differ: python -m pipedream audit, same flags")
         print("   (A few batches do not show the harm: the loss may even be lower by chance.)")

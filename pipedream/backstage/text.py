@@ -42,3 +42,8 @@ def progress(text: str) -> None:
 def format_loss(batch: int, losses: list[float]) -> str:
     """The one line that is left of a batch, as pipedream_simple.py prints it."""
     return f"Batch {batch + 1}: Loss {losses[batch]:.4f} (weights v{batch} → v{batch + 1})"
+
+
+def diverged(losses: list[float]) -> bool:
+    """As pipedream_simple.py tells it, where the last loss is no number, too."""
+    return not losses[-1] < 10 * losses[0]

@@ -14,7 +14,7 @@ import sys
 from statistics import fmean
 
 from pipedream.backstage.audit import Audit, VersionCount
-from pipedream.backstage.text import shorten
+from pipedream.backstage.text import diverged, shorten
 from pipedream.schedules.halves import train_plan
 from pipedream.schedules.plans import Plan, make_plan
 from pipedream_simple import DIVERGED, Op, Worker, format_per_gpu, format_table
@@ -46,7 +46,7 @@ def main(config: dict) -> None:
         values = [f"{measure(of_stage):.1%}" for of_stage in errors]
         print(f"Gradient error, stage by stage, {name}: {format_per_gpu(values, 8)}")
     print(GRADIENT_ERROR)
-    print(end=f"{DIVERGED}\n" * run.diverged)
+    print(end=f"{DIVERGED}\n" * diverged(run.losses))
     if agree < len(ops):
         sys.exit(1)
 

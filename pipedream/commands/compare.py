@@ -18,7 +18,7 @@ import pipedream_simple as simple
 from pipedream.backstage.audit import plain_training
 from pipedream.backstage.measures import peak_in_flight, peak_versions, rounded, tick
 from pipedream.backstage.output import check_output, draw_and_write
-from pipedream.backstage.text import progress
+from pipedream.backstage.text import diverged, progress
 from pipedream.schedules.files import file_of
 from pipedream.schedules.halves import train_plan
 from pipedream.schedules.memory import Bytes, MemoryMeter, memory_formula
@@ -87,19 +87,19 @@ def without_variants(plans: list[Plan]) -> list[Plan]:
 def measured_lines(plans: list[Plan]) -> list[str]:
     """Train on every plan: a table, its legend, and whether memory_formula predicted the memory."""
     table = [["schedule", "loss", "accuracy", "to SGD", "KiB of activations", "KiB in all"]]
-    agree, diverged = list[bool](), False
+    agree, bad = list[bool](), False
     for number, (plan, error) in enumerate(zip(plans, distances(plans), strict=True), start=1):
         progress(f"training as {plan.name.strip()}, {number} of {len(plans)}")
         meter = MemoryMeter(plan.schedule)
         run = meter.train(plan)
-        diverged |= run.diverged
+        bad |= diverged(run.losses)
         cells = f"{run.losses[-1]:.4f}", f"{run.test_accuracy:.1%}", f"{error:.1e}"
         activations = in_kib(held.activations for held in meter.peak)
         table.append([plan.name, *cells, activations, in_kib(map(sum, meter.peak))])
         if plan.config["network"] == "residual":
             agree += map(Bytes.__eq__, meter.peak, memory_formula(plan))
     progress("")
-    again = [simple.RECOMPUTED] * plans[0].config["recompute"] + [simple.DIVERGED] * diverged
+    again = [simple.RECOMPUTED] * plans[0].config["recompute"] + [simple.DIVERGED] * bad
     formula = f"   Memory is as memory_formula predicts on {sum(agree)} of {len(agree)} GPUs."
     return [*simple.format_table(table), MEASURED, *again, *([formula] if agree else [])]
 

@@ -12,7 +12,7 @@ import textwrap
 
 import pipedream_simple as simple
 from pipedream.backstage.audit import VersionCount
-from pipedream.backstage.text import shorten, shown
+from pipedream.backstage.text import diverged, shorten, shown
 from pipedream.planning.replicas import differences, train_replicated
 
 FLAGS = {"PLAN": "GPUs of each stage: 2-1-1"}
@@ -34,7 +34,7 @@ def main(config: dict, plan: str) -> None:
         f"Weight versions per stage: {simple.format_per_gpu(versions.peak)}\n"
         f"Largest difference between the weights of two replicas: {apart:g}"
     )
-    print(end=f"{simple.DIVERGED}\n" * (not run.losses[-1] < 10 * run.losses[0]))
+    print(end=f"{simple.DIVERGED}\n" * diverged(run.losses))
     print(end=f"{simple.RECOMPUTED}\n" * config["recompute"])
 
 

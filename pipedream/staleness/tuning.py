@@ -49,8 +49,8 @@ def batches_to(losses: Tensor, target: float) -> Tensor:
     return torch.where(below.any(-1), first.double(), torch.inf)
 
 
-def diverged(losses: Tensor) -> Tensor:
-    """Does a mean of ten (of the last dimension) ever get above 1.5 times the first loss?"""
+def grown(losses: Tensor) -> Tensor:
+    """Has a mean of ten (of the last dimension) ever grown above GROWN times the first loss?"""
     return ~(means(losses) <= GROWN * losses[..., :1]).all(-1)  # nan is not <= anything
 
 
@@ -64,7 +64,7 @@ def score_targets(targets: Sequence[float]) -> Score:
         ended = means(losses)[..., -1].cpu()
         far = 2 * losses.shape[-1] * (1 + ended / (1 + ended)).double()
         batches = [torch.minimum(batches_to(losses, target), far) for target in targets]
-        out = diverged(losses).any(-1).cpu()
+        out = grown(losses).any(-1).cpu()
         return torch.stack(batches, -1).masked_fill(out[:, None, None], torch.inf)
 
     return score
@@ -74,7 +74,7 @@ def decided(losses: Tensor, targets: Sequence[float]) -> bool:
     """No rate can still get to one of the targets before the best (unless that diverges later)."""
     batches = torch.stack([batches_to(losses, each) for each in targets])  # (goals, rates, seeds)
     least = batches.clamp(max=losses.shape[-1] + 1).mean(-1)
-    best = least.masked_fill(diverged(losses).any(-1).cpu(), torch.inf).argmin(-1)
+    best = least.masked_fill(grown(losses).any(-1).cpu(), torch.inf).argmin(-1)
     return bool(batches[range(len(targets)), best].isfinite().all())
 
 
@@ -131,7 +131,7 @@ def tune(
     scores = try_rates(rates, score_rates, fine)
     while watch:  # it may have ended before the best diverge
         shown = sorted({*best_of(scores)})
-        bad = diverged(delayed_training(training, shown, others)[0]).any(-1).tolist()
+        bad = grown(delayed_training(training, shown, others)[0]).any(-1).tolist()
         scores |= {r: scores[r] + torch.inf for r, out in zip(shown, bad, strict=True) if out}
         if not any(bad) or all(torch.isinf(each).all() for each in scores.values()):
             break
